@@ -1,0 +1,64 @@
+# The commands that people and CI both use; `make` alone lists them. Each installs what it needs first.
+# Pass arguments on with ARGS: make test ARGS="tests/unit -k decide"
+# A change is ready when `make check test` passes and CHANGELOG.md says what users will notice.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+BIN := .venv/bin
+SCRIPTS := config/setup config/install-apptainer config/check-words .ci/run
+LOCK := $(BIN)/uv pip compile --quiet --system-certs --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
+
+.PHONY: help
+help:  ## List these commands
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@echo
+	@echo '  ARGS="..." is passed on by demo and test: make test ARGS="tests/unit -k decide"'
+	@echo '  A change is ready when `make check test` passes and CHANGELOG.md says what users will notice.'
+
+.PHONY: setup
+setup:  ## Install what is missing to run: .venv from requirements.lock, Apptainer
+	@config/setup
+
+.PHONY: setup-dev
+setup-dev:  ## The same, and what check and test need
+	@config/setup --dev
+
+.PHONY: demo
+demo: setup  ## Do the main job here, with a stand-in for Ovation: no configuration, no account
+	@$(BIN)/ovation-agent demo $(ARGS)
+
+.PHONY: test
+test: setup-dev  ## Run all tests, on the real parts
+	@$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: check
+check: setup-dev  ## Check style, types, dependencies between packages, scripts, documents and locks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/shellcheck $(SCRIPTS)
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/python config/check_locks.py
+	config/check-words
+	$(BIN)/python -m pytest -q tests/unit/test_docs.py tests/unit/test_locks.py
+
+.PHONY: fmt
+fmt: setup-dev  ## Format the code and repair what ruff can repair
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+.PHONY: lock
+lock: setup-dev  ## Bring both locks up to date with pyproject.toml; UPGRADE=1 takes the newest releases
+	$(LOCK) $(if $(UPGRADE),--upgrade) --extra demo -o requirements.lock pyproject.toml config/setup.in
+	$(LOCK) $(if $(UPGRADE),--upgrade) --extra dev -c requirements.lock -o requirements-dev.lock \
+		pyproject.toml config/setup.in config/check.in
+
+.PHONY: clean
+clean:  ## Remove what the other commands made in this directory, except ./data
+	rm -rf .venv build dist ./*.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './data/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""One module an outside party: Ovation, the object store, the container runtime."""

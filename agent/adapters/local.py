@@ -1,0 +1,301 @@
+"""Containers on this machine, each under a runner of its own that outlives the agent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from agent.adapters import apptainer, host_image, runner
+from agent.adapters.executor import Ended, Ending, ImageFacts, NotStarted, Running, RunRequest, Status, Usage
+from agent.domain.container import Container, User, arguments, environment
+from agent.errors import ExecutorUnavailable
+
+NOBODY = User(65534, 65534)
+
+_PRIVATE = "private"  # Apptainer's own home and temporary files
+_SCRATCH = "scratch"
+_AGAIN_SECONDS = 0.05
+_HANDSHAKE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSettings:
+    """How containers are started here.
+
+    `container_user` is whom they run as when the agent is root; otherwise they run as the agent's own user.
+    `grace_seconds` is what a container gets between SIGTERM and SIGKILL, `kill_seconds` what its end may then take.
+    """
+
+    container_user: User = NOBODY
+    grace_seconds: float = 10.0
+    kill_seconds: float = 5.0
+
+
+class LocalExecutor:
+    """Run containers on this machine; see `agent.adapters.executor.Executor`."""
+
+    def __init__(self, settings: LocalSettings | None = None, *, search_path: str | None = None) -> None:
+        self._settings = settings or LocalSettings()
+        self._search_path = search_path
+
+    @property
+    def user(self) -> User | None:
+        """Whom containers run as, `None` for the agent's own user."""
+        return self._settings.container_user if os.geteuid() == 0 else None
+
+    async def check(self) -> str:
+        """Return the runtime's name and version once it has run something as the configured user.
+
+        Raises:
+            ExecutorUnavailable: it cannot; the message says why and what to do.
+        """
+        program = apptainer.find_program(self._search_path)
+        apptainer.check_user()
+        runtime = await apptainer.version(program)
+        with tempfile.TemporaryDirectory(prefix="ovation-agent-check-", ignore_cleanup_errors=True) as place:
+            request = await asyncio.to_thread(host_image.request, Path(place))
+            await self._launch(request, program, extra=host_image.mounts())
+            status = await self.wait(request, host_image.TIME_LIMIT_SECONDS * 2)
+            if not isinstance(status, Ended) or status.exit_code != 0:
+                raise ExecutorUnavailable(host_image.complaint(program, apptainer.read_tail(request.stderr)))
+        return runtime
+
+    async def inspect(self, image: Path) -> ImageFacts:
+        """Read the image's metadata without running it.
+
+        Raises:
+            ImageError: not an image, truncated, or without a default command.
+            ExecutorUnavailable: the runtime itself does not work.
+        """
+        return await apptainer.inspect(apptainer.find_program(self._search_path), image, self.user)
+
+    async def start(self, request: RunRequest) -> Running | Ended:
+        """Find the run or start it: calling this again for the same request never starts a second container.
+
+        Raises:
+            ExecutorUnavailable: nothing was started.
+        """
+        status = await self.status(request)
+        if not isinstance(status, NotStarted):
+            return status
+        program = apptainer.find_program(self._search_path)
+        apptainer.check_user()
+        code = await self._launch(request, program)
+        status = await self.status(request)
+        if not isinstance(status, NotStarted):
+            return status
+        detail = apptainer.read_tail(request.directory / runner.LOG).strip().rpartition("\n")[2]
+        raise ExecutorUnavailable(f"The container's runner did not start (exit code {code}). {detail}".strip())
+
+    async def status(self, request: RunRequest) -> Status:
+        """Return what has become of the run.
+
+        `LOST` needs two signs, the runner's lock free and its process gone, and no exit record after both.
+        """
+        return await asyncio.to_thread(self._status, request.directory)
+
+    async def wait(self, request: RunRequest, timeout_seconds: float) -> Status:
+        """Return the status as soon as the run ends, or after `timeout_seconds`."""
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            status = await self.status(request)
+            left = deadline - time.monotonic()
+            if not isinstance(status, Running) or left <= 0:
+                return status
+            if await _runner_is_gone(request.directory, left):
+                # Its end and what it wrote are seen in this order; only a doubtful end is looked at twice.
+                status = await self.status(request)
+                if not isinstance(status, Running):
+                    return status
+                await asyncio.sleep(min(_AGAIN_SECONDS, left))
+
+    async def cancel(self, request: RunRequest) -> None:
+        """Ask the run to end and return at once; harmless when it has ended or never was."""
+        await asyncio.to_thread(_cancel, request.directory)
+
+    def _status(self, directory: Path) -> Status:
+        place = str(directory)
+        claim = runner.read_json(place, runner.CLAIM)
+        if claim is None:
+            return NotStarted()
+        if runner.alive(claim):
+            return _running(claim)
+        with _locked(place) as is_free:
+            if not is_free:
+                return _running(claim)
+            record = runner.read_json(place, runner.EXIT)
+            if record is None:
+                record = self._give_up(place, claim)
+        return _ended(record)
+
+    def _give_up(self, place: str, claim: dict[str, Any]) -> dict[str, Any]:
+        """Record that the run is lost, once nothing of it runs any more."""
+        started = runner.read_json(place, runner.STARTED)
+        if started and started["boot"] == runner.boot_id():
+            with contextlib.suppress(PermissionError):
+                runner.sweep(started, self._settings.grace_seconds, self._settings.kill_seconds)
+        record = {
+            "ending": str(Ending.LOST),
+            "exit_code": None,
+            "started_at": (started or claim)["at"],
+            "finished_at": time.time(),
+        }
+        runner.write_json(place, runner.EXIT, record)
+        for name in (_PRIVATE, _SCRATCH):
+            runner.remove_tree(str(Path(place) / name))
+        return record
+
+    async def _launch(self, request: RunRequest, program: Path, extra: Sequence[str] = ()) -> int:
+        try:
+            await asyncio.to_thread(self._prepare, request, self._spec(request, program, extra))
+        except (OSError, ValueError) as error:
+            raise ExecutorUnavailable(f"The run in {request.directory} cannot be prepared: {error}") from error
+        return await _start_runner(request.directory)
+
+    def _prepare(self, request: RunRequest, spec: dict[str, Any]) -> None:
+        """Make the directories and write what is to be run; nothing of that when a runner has it already."""
+        request.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in (_PRIVATE, _SCRATCH):
+            (request.directory / name).mkdir(mode=0o700, exist_ok=True)
+        request.outputs.mkdir(mode=0o700, exist_ok=True)
+        if self.user is not None:
+            for path in (request.outputs, request.directory / _SCRATCH):
+                os.chown(path, self.user.uid, self.user.gid, follow_symlinks=False)
+        for log in (request.stdout, request.stderr):
+            log.touch(mode=0o600)
+        runner.write_json(str(request.directory), runner.SPEC, spec)
+
+    def _spec(self, request: RunRequest, program: Path, extra: Sequence[str]) -> dict[str, Any]:
+        container = Container(
+            image=PurePosixPath(request.image),
+            inputs=PurePosixPath(request.inputs),
+            related=PurePosixPath(request.related),
+            outputs=PurePosixPath(request.outputs),
+            scratch=PurePosixPath(request.directory / _SCRATCH),
+            network=request.network,
+            user=self.user,
+            unsquash=os.geteuid() != 0 and not apptainer.fuse_is_usable(),
+        )
+        home = PurePosixPath(request.directory / _PRIVATE)
+        *options, image = arguments(container)
+        return {
+            "name": request.name,
+            "argv": [str(program), *options, *extra, image],
+            "environment": environment(PurePosixPath(program), home),
+            "stdout": request.stdout.name,
+            "stderr": request.stderr.name,
+            "time_limit_seconds": request.time_limit_seconds,
+            "grace_seconds": self._settings.grace_seconds,
+            "kill_seconds": self._settings.kill_seconds,
+            "remove": [_PRIVATE, _SCRATCH],
+        }
+
+
+async def _start_runner(directory: Path) -> int:
+    """Start the runner and return the code with which its first process says how that went."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-I",
+        "-S",
+        str(Path(runner.__file__)),
+        str(directory),
+        env={},
+        cwd="/",
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C at a terminal is the agent's, not its runners'
+    )
+    try:
+        async with asyncio.timeout(_HANDSHAKE_SECONDS):
+            return await process.wait()
+    except TimeoutError:
+        return runner.FAILED_CODE  # it may still start; whoever asks for its status sees
+
+
+async def _runner_is_gone(directory: Path, timeout_seconds: float) -> bool:
+    """Wait for the runner's process to end; return whether it has."""
+    claim = runner.read_json(str(directory), runner.CLAIM)
+    if claim is None:
+        return True
+    try:
+        handle = os.pidfd_open(claim["pid"])
+    except ProcessLookupError:
+        return True
+    loop = asyncio.get_running_loop()
+    gone = asyncio.Event()
+    try:
+        if not runner.alive(claim):  # asked after the handle was opened: the pid may be another's by now
+            return True
+        loop.add_reader(handle, gone.set)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_seconds):
+                await gone.wait()
+        return gone.is_set()
+    finally:
+        loop.remove_reader(handle)
+        os.close(handle)
+
+
+def _cancel(directory: Path) -> None:
+    if not (directory / runner.SPEC).exists() or (directory / runner.EXIT).exists():
+        return
+    (directory / runner.CANCEL).touch(mode=0o600)
+    # The runner looks for that file after its claim, so that one of the two sees the other.
+    claim = runner.read_json(str(directory), runner.CLAIM)
+    if claim is None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        handle = os.pidfd_open(claim["pid"])
+        try:
+            if runner.alive(claim):
+                signal.pidfd_send_signal(handle, signal.SIGTERM)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def _locked(place: str) -> Iterator[bool]:
+    """Hold the runner's lock, and say whether it was free."""
+    handle = runner.lock(place)
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _running(claim: dict[str, Any]) -> Running:
+    return Running(native_id=str(claim["pid"]), started_at=_moment(claim["at"]))
+
+
+def _ended(record: dict[str, Any]) -> Ended:
+    usage = None
+    if "wall_seconds" in record:
+        usage = Usage(
+            wall_seconds=record["wall_seconds"],
+            user_seconds=record["user_seconds"],
+            system_seconds=record["system_seconds"],
+            peak_memory_bytes=record["peak_memory_bytes"],
+        )
+    return Ended(
+        ending=Ending(record["ending"]),
+        exit_code=record["exit_code"],
+        started_at=_moment(record["started_at"]),
+        finished_at=_moment(record["finished_at"]),
+        usage=usage,
+    )
+
+
+def _moment(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)

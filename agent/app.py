@@ -1,0 +1,225 @@
+"""The composition root: open everything, run, drain. The only place that wires."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from aiohttp import web
+
+from agent import __version__, logs
+from agent.adapters.download import Downloader
+from agent.adapters.executor import Executor
+from agent.adapters.files import remove_tree
+from agent.adapters.local import LocalExecutor, LocalSettings
+from agent.adapters.ovation import Ovation
+from agent.adapters.upload import Uploader
+from agent.db.connect import connect
+from agent.db.database import Database
+from agent.db.jobs import Jobs
+from agent.db.outputs import Outputs
+from agent.db.watched import WatchList
+from agent.domain.container import User
+from agent.errors import ConfigurationError, DatabaseError, OvationRefused, OvationUnavailable
+from agent.pipeline.context import Context
+from agent.pipeline.worker import Worker
+from agent.settings import Settings
+from agent.trigger.evaluate import Evaluator
+from agent.web.application import application
+from agent.web.state import Services
+
+ADMIN_TOKEN_FILE = "admin-token"  # noqa: S105 the file's name
+ADDRESS_FILE = "agent.json"
+_SWEEP_SECONDS = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Agent:
+    services: Services
+    executor: Executor
+    worker: Worker
+    evaluator: Evaluator
+
+
+async def serve(settings: Settings) -> None:
+    """Run the service until SIGTERM or SIGINT; containers that run go on and are found again.
+
+    Raises:
+        ConfigurationError, DatabaseError, OvationRefused, ExecutorUnavailable: it cannot start; the message says why.
+    """
+    if not settings.agent.webhooks_are_guarded:
+        raise ConfigurationError(
+            "webhooks would be taken from anybody: set AGENT_WEBHOOK_USERNAME and AGENT_WEBHOOK_PASSWORD,"
+            " or AGENT_WEBHOOK_ANONYMOUS=true for a trial on one machine"
+        )
+    stop = _stop_on_signals()
+    async with _open(settings) as agent:
+        await _check(agent, settings)
+        async with _listen(agent.services, settings) as address:
+            logs.logger().info(
+                "agent_started",
+                address=address,
+                pid=os.getpid(),
+                version=__version__,
+                data_dir=str(settings.agent.data_dir),
+            )
+            await _run(agent, settings, stop)
+    logs.logger().info("agent_stopped")
+
+
+def executor_for(settings: Settings) -> Executor:
+    """Return the executor that the settings name."""
+    uid, _, gid = settings.agent.container_user.partition(":")
+    return LocalExecutor(LocalSettings(container_user=User(int(uid), int(gid))))
+
+
+@asynccontextmanager
+async def _open(settings: Settings) -> AsyncIterator[_Agent]:
+    data_dir = _data_dir(settings)
+    admin_token = _admin_token(settings, data_dir)
+    async with AsyncExitStack() as stack:
+        database: Database = await stack.enter_async_context(connect(settings.agent))
+        await database.check()
+        ovation = await stack.enter_async_context(Ovation.open(settings.ovation))
+        downloader = await stack.enter_async_context(Downloader(settings.agent.remote_hosts))
+        context = Context(
+            settings=settings.agent,
+            jobs=Jobs(database),
+            outputs=Outputs(database),
+            ovation=ovation,
+            downloader=downloader,
+            uploader=Uploader(settings.aws),
+            executor=executor_for(settings),
+        )
+        worker = Worker(context)
+        watch_list = WatchList(database)
+        evaluator = Evaluator(settings, watch_list, ovation, on_job=worker.wake)
+        services = Services(
+            settings=settings,
+            database=database,
+            watch_list=watch_list,
+            jobs=context.jobs,
+            ovation=ovation,
+            data_dir=data_dir,
+            admin_token=admin_token,
+            on_hint=evaluator.wake,
+            on_job=worker.wake,
+            on_cancel=worker.cancel,
+        )
+        yield _Agent(services, context.executor, worker, evaluator)
+
+
+async def _check(agent: _Agent, settings: Settings) -> None:
+    """Refuse to start with what no waiting can cure; an outage is waited out."""
+    runtime = await agent.executor.check()
+    try:
+        account = await agent.services.ovation.check()
+    except OvationRefused as error:
+        raise OvationRefused(f"{settings.ovation.api_url} does not accept the agent's token: {error}") from None
+    except OvationUnavailable as error:
+        logs.logger().warning("ovation_away", error=str(error))
+    else:
+        logs.logger().info("ready", runtime=runtime, ovation=account)
+
+
+@asynccontextmanager
+async def _listen(services: Services, settings: Settings) -> AsyncIterator[str]:
+    host, port = settings.agent.host, settings.agent.port
+    runner = web.AppRunner(application(services), access_log=None, shutdown_timeout=2)
+    await runner.setup()
+    try:
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}; choose another AGENT_PORT"
+            ) from None
+        port = runner.addresses[0][1]
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        _write_private(_data_dir(settings) / ADDRESS_FILE, json.dumps({"address": address, "pid": os.getpid()}))
+        yield address
+    finally:
+        await runner.cleanup()
+
+
+async def _run(agent: _Agent, settings: Settings, stop: asyncio.Event) -> None:
+    loops = [
+        asyncio.create_task(agent.worker.run(), name="worker"),
+        asyncio.create_task(agent.evaluator.run(), name="evaluator"),
+        asyncio.create_task(_sweep(agent.services.jobs, settings), name="sweep"),
+    ]
+    stopping = asyncio.create_task(stop.wait(), name="stop")
+    try:
+        await asyncio.wait({*loops, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        for loop in loops:
+            if loop.done():
+                loop.result()  # a loop never ends by itself: let its error end the agent, loudly
+    finally:
+        for task in (*loops, stopping):
+            task.cancel()
+        await asyncio.gather(*loops, stopping, return_exceptions=True)
+
+
+async def _sweep(jobs: Jobs, settings: Settings) -> None:
+    """Remove what finished runs left for the `logs` command, once it is old enough."""
+    folder = _data_dir(settings) / "jobs"
+    while True:
+        kept = await asyncio.to_thread(lambda: [path.name for path in folder.iterdir()] if folder.is_dir() else [])
+        before = datetime.now(UTC) - timedelta(seconds=settings.agent.keep_seconds)
+        with contextlib.suppress(DatabaseError, ValueError):
+            for job_id in await jobs.ended_before(kept, before):
+                await asyncio.to_thread(remove_tree, folder / job_id)
+        await asyncio.sleep(_SWEEP_SECONDS)
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def asked(number: int) -> None:
+        if stop.is_set():
+            os._exit(128 + number)  # asked twice: at once; leases run out by themselves
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked, number)
+    return stop
+
+
+def _data_dir(settings: Settings) -> Path:
+    data_dir = Path(settings.agent.data_dir).absolute()
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        (data_dir / "jobs").mkdir(exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ConfigurationError(f"AGENT_DATA_DIR: {data_dir} cannot be used: {error.strerror}") from None
+    return data_dir
+
+
+def _admin_token(settings: Settings, data_dir: Path) -> str:
+    if settings.agent.admin_token is not None:
+        return settings.agent.admin_token.get_secret_value()
+    path = data_dir / ADMIN_TOKEN_FILE
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_text().strip()
+    token = secrets.token_urlsafe(32)
+    _write_private(path, token)
+    return token
+
+
+def _write_private(path: Path, content: str) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(content)
+    part.rename(path)

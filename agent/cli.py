@@ -1,0 +1,242 @@
+"""The commands. Each is a few lines; what they need is imported when they run, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from agent import __version__
+
+if TYPE_CHECKING:
+    from agent.client import Client
+    from agent.settings import Settings
+
+_EXIT_CODES = """
+Exit codes: 0 done; 1 it failed, the reason is on standard error; 2 the command line or the configuration is wrong;
+130 interrupted. `try` passes the container's own exit code on.
+"""
+
+
+class _Commands(click.Group):
+    """A group whose commands end with one line on standard error where others print a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from agent.errors import AgentError, ConfigurationError
+
+        try:
+            return super().invoke(ctx)
+        except ConfigurationError as error:
+            self._end(error, 2)
+        except AgentError as error:
+            self._end(error, 1)
+
+    def _end(self, error: Exception, code: int) -> None:
+        for line in str(error).splitlines():
+            click.echo(f"ovation-agent: {line}", err=True)
+        sys.exit(code)
+
+
+@click.group(cls=_Commands, epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ovation-agent")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="TOML file with settings. Default: AGENT_CONFIG, or agent.toml in the working directory.",
+)
+@click.pass_context
+def main(ctx: click.Context, config: Path | None) -> None:
+    """Run the compute images of Ovation's Activities on their inputs, and bring the outputs back.
+
+    Settings come from the environment and a TOML file; config/agent.example.toml lists them all.
+    """
+    ctx.obj = config
+
+
+@main.command()
+@click.pass_obj
+def serve(config: Path | None) -> None:
+    """Run the service: webhooks, workers, API. SIGTERM stops it; containers go on and are found again."""
+    from agent import app
+
+    _run(app.serve(_settings(config, log=True)))
+
+
+@main.command()
+@click.option("--keep", is_flag=True, help="Leave everything up afterwards, until Ctrl-C.")
+@click.option("--outputs", type=click.Path(path_type=Path, file_okay=False), default="demo-outputs", show_default=True)
+def demo(*, keep: bool, outputs: Path) -> None:
+    """Do the main job on this machine, with a stand-in for Ovation and nothing configured."""
+    from agent.sandbox import demo as walk
+
+    sys.exit(walk.run(keep=keep, outputs=outputs))
+
+
+@main.command()
+@click.pass_obj
+def migrate(config: Path | None) -> None:
+    """Bring the database's schema up to date. Safe to run at any time, and from many agents at once."""
+    from agent.db.connect import connect
+
+    async def work() -> list[str]:
+        async with connect(_settings(config).agent) as database:
+            return await database.migrate()
+
+    applied = _run(work())
+    click.echo("\n".join(f"applied {name}" for name in applied) or "the schema is up to date")
+
+
+@main.command()
+@click.pass_obj
+def doctor(config: Path | None) -> None:
+    """Check the machine and the settings; each trouble comes with its remedy."""
+    from agent import app
+    from agent.doctor import examine
+
+    settings = _settings(config)
+
+    async def work() -> bool:
+        good = True
+        async for finding in examine(settings, app.executor_for(settings)):
+            good &= finding.good
+            mark = click.style("ok  ", fg="green") if finding.good else click.style("FAIL", fg="red", bold=True)
+            click.echo(f"{mark} {finding.check}: {finding.found}")
+            if not finding.good:
+                click.echo(f"     → {finding.remedy}")
+        return good
+
+    sys.exit(0 if _run(work()) else 1)
+
+
+@main.command()
+@click.option("--activity", help="Only this Activity's.")
+@click.option("--state", help="Only those in this state.")
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(1, 1000))
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def jobs(config: Path | None, activity: str | None, state: str | None, limit: int, *, as_json: bool) -> None:
+    """List jobs, newest first."""
+    from agent import console
+
+    query = {"limit": str(limit), "activity_id": activity, "state": state}
+    answer = _ask(config, lambda client: client.get("/api/jobs", **query))
+    console.show_jobs(answer["jobs"], as_json=as_json)
+
+
+@main.command()
+@click.argument("job")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def show(config: Path | None, job: str, *, as_json: bool) -> None:
+    """Tell one job's story: every move with its time, and what it waits for."""
+    from agent import console
+
+    found = _ask(config, lambda client: client.get(f"/api/jobs/{job}"))
+    events = _ask(config, lambda client: client.get(f"/api/jobs/{job}/events"))
+    console.show_job(found, events["events"], as_json=as_json)
+
+
+@main.command()
+@click.argument("activity")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def why(config: Path | None, activity: str, *, as_json: bool) -> None:
+    """Say why an Activity was run, or why not."""
+    from agent import console
+
+    console.show_activity(_ask(config, lambda client: client.get(f"/api/activities/{activity}")), as_json=as_json)
+
+
+@main.command("logs")
+@click.argument("job")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the container ends.")
+@click.option("--stderr", "stream", flag_value="stderr", help="Standard error instead of standard output.")
+@click.pass_obj
+def logs_(config: Path | None, job: str, *, follow: bool, stream: str | None) -> None:
+    """Print what a job's container wrote."""
+    path = f"/api/jobs/{job}/logs/{stream or 'stdout'}"
+
+    async def work(client: Client) -> None:
+        async for piece in client.stream(path, follow="1" if follow else "0"):
+            sys.stdout.buffer.write(piece)
+            sys.stdout.buffer.flush()
+
+    _ask(config, work)
+
+
+@main.command()
+@click.argument("job")
+@click.pass_obj
+def cancel(config: Path | None, job: str) -> None:
+    """End a job; its logs and what it wrote so far are still delivered."""
+    found = _ask(config, lambda client: client.post(f"/api/jobs/{job}/cancel"))
+    click.echo(f"asked: the job is {found['state']}")
+
+
+@main.command()
+@click.argument("job")
+@click.pass_obj
+def rerun(config: Path | None, job: str) -> None:
+    """Run a job's Activity again, as it stands in Ovation now."""
+    click.echo(_ask(config, lambda client: client.post(f"/api/jobs/{job}/rerun"))["id"])
+
+
+@main.command("try")
+@click.argument("image", type=click.Path(path_type=Path))
+@click.option("--inputs", required=True, type=click.Path(path_type=Path), help="What the image sees as /inputs.")
+@click.option("--related", type=click.Path(path_type=Path), help="What it sees as /related. Default: the image alone.")
+@click.option(
+    "--outputs", type=click.Path(path_type=Path), default="outputs", show_default=True, help="What it sees as /outputs."
+)
+@click.option("--force", is_flag=True, help="Use --outputs although something is in it.")
+@click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), default=86_400.0, show_default=True)
+@click.option("--network", type=click.Choice(["none", "host"]), default="none", show_default=True)
+def try_(
+    image: Path, inputs: Path, related: Path | None, outputs: Path, time_limit: float, network: Any, *, force: bool
+) -> None:
+    """Run IMAGE just as a job would, without Ovation: its output live, its exit code as this command's own."""
+    from agent.trial import try_image
+
+    sys.exit(
+        _run(
+            try_image(
+                image=image,
+                inputs=inputs,
+                related=related,
+                outputs=outputs,
+                force=force,
+                time_limit_seconds=time_limit,
+                network=network,
+            )
+        )
+    )
+
+
+def _settings(config: Path | None, *, log: bool = False) -> Settings:
+    from agent import logs
+    from agent.settings import Settings
+
+    settings = Settings.load(config)
+    logs.configure(settings.agent.log_format, settings.agent.log_level if log else "warning")
+    return settings
+
+
+def _ask(config: Path | None, question: Any) -> Any:
+    from agent.client import Client
+
+    async def work() -> Any:
+        async with Client.find(_settings(config)) as client:
+            return await question(client)
+
+    return _run(work())
+
+
+def _run(work: Coroutine[Any, Any, Any]) -> Any:
+    try:
+        return asyncio.run(work)
+    except KeyboardInterrupt:
+        sys.exit(130)

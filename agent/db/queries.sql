@@ -1,0 +1,157 @@
+-- name: insert_delivery!
+-- Keep what a webhook or a person asked to have looked at.
+INSERT INTO deliveries (source, organization, entity_type, entity_id)
+VALUES (:source, :organization, :entity_type, :entity_id);
+
+-- name: watch_entity!
+-- Make an entity due after the quiet time; each further hint starts the quiet time again.
+INSERT INTO watched AS w (entity_id, entity_type, organization, changed_at, due_at)
+VALUES (:entity_id, :entity_type, :organization, now(), now() + :settle)
+ON CONFLICT (entity_id) DO UPDATE SET
+    organization = coalesce(excluded.organization, w.organization),
+    changed_at = now(), due_at = excluded.due_at, generation = w.generation + 1, attempt = 0;
+
+-- name: claim_watched
+-- Take due entities to look at, longest due first, and raise each one's fence.
+UPDATE watched SET lease_token = lease_token + 1, lease_until = now() + :lease
+WHERE entity_id IN (
+    SELECT entity_id FROM watched
+    WHERE due_at <= now() AND (lease_until IS NULL OR lease_until < now())
+    ORDER BY due_at LIMIT :most FOR UPDATE SKIP LOCKED)
+RETURNING *;
+
+-- name: judge_watched<!
+-- Close a look. A hint that came during it keeps its own due_at.
+UPDATE watched SET
+    judged_at = now(), reasons = :reasons, attempt = :attempt, lease_until = NULL,
+    organization = coalesce(:organization, organization),
+    due_at = CASE WHEN generation = :generation THEN :due_at ELSE due_at END
+WHERE entity_id = :entity_id AND lease_token = :lease_token
+RETURNING entity_id;
+
+-- name: look_again!
+-- A run of this Activity ended: judge what changed meanwhile.
+UPDATE watched SET due_at = now(), generation = generation + 1 WHERE entity_id = :activity_id;
+
+-- name: get_watched^
+-- What is known of an entity's last look.
+SELECT * FROM watched WHERE entity_id = :entity_id;
+
+-- name: list_deliveries
+-- The newest hints about an entity.
+SELECT * FROM deliveries WHERE entity_id = :entity_id ORDER BY received_at DESC LIMIT :most;
+
+-- name: plans_of_activity
+-- What earlier runs of an Activity worked on.
+SELECT plan FROM jobs WHERE activity_id = :activity_id;
+
+-- name: insert_job^
+-- Make a job with the Activity's next run number; nothing when one is live.
+WITH made AS (
+    INSERT INTO jobs (id, organization, activity_id, activity_name, project_id, run, plan, image_name,
+        image_revision_id, trigger, requested_by)
+    SELECT :id, :organization, :activity_id, :activity_name, :project_id,
+        coalesce((SELECT max(run) FROM jobs WHERE activity_id = :activity_id), 0) + 1,
+        :plan, :image_name, :image_revision_id, :trigger, :requested_by
+    ON CONFLICT DO NOTHING
+    RETURNING *),
+told AS (INSERT INTO job_events (job_id, state, attempt) SELECT id, state, attempt FROM made)
+SELECT * FROM made;
+
+-- name: live_job^
+-- The job of an Activity that has not ended, if any.
+SELECT * FROM jobs WHERE activity_id = :activity_id AND finished_at IS NULL;
+
+-- name: claim_jobs
+-- Take due jobs in these states, longest due first, and raise each one's fence. A lease that ran out is an attempt.
+UPDATE jobs SET
+    lease_token = lease_token + 1, lease_until = now() + :lease, lease_holder = :holder,
+    attempt = attempt + CASE WHEN lease_until IS NULL THEN 0 ELSE 1 END
+WHERE id IN (
+    SELECT id FROM jobs
+    WHERE finished_at IS NULL AND state = ANY(:states) AND due_at <= now()
+        AND (lease_until IS NULL OR lease_until < now())
+    ORDER BY due_at LIMIT :most FOR UPDATE SKIP LOCKED)
+RETURNING *;
+
+-- name: renew_lease$
+-- Keep a lease; tells whether somebody asked for the job's end. Nothing: the lease is another's now.
+UPDATE jobs SET lease_until = now() + :lease WHERE id = :id AND lease_token = :lease_token
+RETURNING cancel_requested;
+
+-- name: release_lease!
+-- Give a job back as it was: a shutdown is not an attempt.
+UPDATE jobs SET lease_until = NULL, lease_holder = NULL, due_at = now() WHERE id = :id AND lease_token = :lease_token;
+
+-- name: move_job$
+-- The one fenced move, told in job_events when anything but the time changed. Nothing: the lease is another's now.
+WITH before AS (SELECT id, state, attempt, waiting_for FROM jobs WHERE id = :id),
+moved AS (
+    UPDATE jobs SET
+        state = :state, due_at = :due_at, attempt = :attempt, waiting_for = :waiting_for, verdict = :verdict,
+        fault_class = :fault_class, fault_message = :fault_message, exit_code = :exit_code,
+        native_id = :native_id, started_at = :started_at, lease_until = NULL, lease_holder = NULL,
+        progress = CASE WHEN state = :state THEN progress ELSE '{}' END,
+        finished_at = CASE WHEN :terminal THEN now() END
+    WHERE id = :id AND lease_token = :lease_token AND state = :from_state
+    RETURNING id, state, attempt, waiting_for),
+told AS (
+    INSERT INTO job_events (job_id, state, attempt, note)
+    SELECT m.id, m.state, m.attempt, coalesce(m.waiting_for, :note) FROM moved m JOIN before b USING (id)
+    WHERE (m.state, m.attempt, m.waiting_for) IS DISTINCT FROM (b.state, b.attempt, b.waiting_for))
+SELECT state FROM moved;
+
+-- name: set_progress!
+-- How far the current step is.
+UPDATE jobs SET progress = :progress WHERE id = :id AND lease_token = :lease_token;
+
+-- name: set_folder$
+-- The run's Folder, made once.
+UPDATE jobs SET folder_id = :folder_id WHERE id = :id AND lease_token = :lease_token RETURNING folder_id;
+
+-- name: request_cancel$
+-- Ask for a job's end; nothing when it has ended or is not there.
+UPDATE jobs SET cancel_requested = true,
+    due_at = CASE WHEN state IN ('queued', 'staging', 'launching', 'running') THEN now() ELSE due_at END
+WHERE id = :id AND finished_at IS NULL RETURNING id;
+
+-- name: get_job^
+-- One job.
+SELECT * FROM jobs WHERE id = :id;
+
+-- name: list_jobs
+-- The newest jobs, of one Activity or state if named.
+SELECT * FROM jobs
+WHERE (:activity_id::text IS NULL OR activity_id = :activity_id) AND (:state::text IS NULL OR state = :state)
+ORDER BY created_at DESC LIMIT :most;
+
+-- name: list_events
+-- A job's story, oldest first, from an event on.
+SELECT * FROM job_events WHERE job_id = :job_id AND id > :after ORDER BY id;
+
+-- name: next_job_due$
+-- Seconds until the next job falls due. One that is due already waits for a free place, not for time.
+SELECT extract(epoch FROM min(due_at) - now())::float8 FROM jobs
+WHERE finished_at IS NULL AND lease_until IS NULL AND due_at > now();
+
+-- name: next_look_due$
+-- Seconds until the next entity is to be looked at.
+SELECT extract(epoch FROM min(due_at) - now())::float8 FROM watched WHERE lease_until IS NULL;
+
+-- name: list_outputs
+-- What was put into Ovation for a job.
+SELECT * FROM outputs WHERE job_id = :job_id ORDER BY kind, path;
+
+-- name: save_output$
+-- Record how far one output is, before the next call is made. Nothing: the lease is another's now.
+INSERT INTO outputs AS o (job_id, kind, path, size, sha256, entity_id, revision_id, uploaded, linked)
+SELECT id, :kind, :path, :size, :sha256, :entity_id, :revision_id, :uploaded, :linked
+FROM jobs WHERE id = :job_id AND lease_token = :lease_token
+ON CONFLICT (job_id, kind, path) DO UPDATE SET
+    size = excluded.size, sha256 = excluded.sha256, entity_id = excluded.entity_id,
+    revision_id = excluded.revision_id, uploaded = excluded.uploaded, linked = excluded.linked
+RETURNING path;
+
+-- name: finished_before
+-- Jobs that ended before this time, for the sweep of what they left on disk.
+SELECT id FROM jobs WHERE id = ANY(:ids) AND finished_at < :before;

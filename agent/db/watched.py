@@ -1,0 +1,155 @@
+"""What may have changed in Ovation: hints as they come in, and what a look at each found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from agent.db.database import Database, Queries
+from agent.db.jobs import insert_job, live_job, plan_from
+from agent.domain.activity import Activity, key
+from agent.domain.job import Job, Plan
+from agent.domain.webhook import Hint
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """An entity that is due for a look, under a lease."""
+
+    entity_id: str
+    entity_type: str
+    organization: int | None
+    generation: int
+    token: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What is known of an entity's last look, and the hints that led to it."""
+
+    entity_id: str
+    organization: int | None
+    due_at: datetime | None
+    judged_at: datetime | None
+    reasons: tuple[str, ...]
+    deliveries: tuple[tuple[datetime, str], ...]  # (received, source)
+
+
+class WatchList:
+    """The inbox and the list of entities to look at."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def hint(self, hints: Sequence[Hint], settle_seconds: float, source: str = "webhook") -> None:
+        """Store hints, all or none, and make their entities due after the quiet time."""
+        async with self._database.transaction() as queries:
+            for hint in hints:
+                await queries.value(
+                    "insert_delivery",
+                    source=source,
+                    organization=hint.organization,
+                    entity_type=hint.type,
+                    entity_id=hint.entity_id,
+                )
+                await watch(queries, hint, settle_seconds)
+
+    async def claim(self, most: int, lease_seconds: float) -> list[Watched]:
+        """Take up to `most` entities that are due."""
+        async with self._database.queries() as queries:
+            rows = await queries.rows("claim_watched", most=most, lease=timedelta(seconds=lease_seconds))
+        return [
+            Watched(
+                entity_id=row["entity_id"],
+                entity_type=row["entity_type"],
+                organization=row["organization"],
+                generation=row["generation"],
+                token=row["lease_token"],
+                attempt=row["attempt"],
+            )
+            for row in rows
+        ]
+
+    async def ran(self, activity_id: str) -> list[frozenset[str]]:
+        """Return what each earlier run of an Activity worked on, as ids."""
+        async with self._database.queries() as queries:
+            rows = await queries.rows("plans_of_activity", activity_id=activity_id)
+        return [key(plan_from(row["plan"])) for row in rows]
+
+    async def live(self, activity_id: str) -> Job | None:
+        """Return the Activity's job that has not ended, if any."""
+        async with self._database.queries() as queries:
+            return await live_job(queries, activity_id)
+
+    async def start(
+        self, activity: Activity, plan: Plan, trigger: str, requested_by: str | None = None
+    ) -> tuple[Job, bool]:
+        """Make a job, or return the Activity's live one; the second value says whether it was made now."""
+        async with self._database.transaction() as queries:
+            made = await insert_job(queries, activity, plan, trigger, requested_by)
+            if made is not None:
+                return made, True
+            live = await live_job(queries, activity.id)
+        if live is None:  # it ended between the two statements
+            return await self.start(activity, plan, trigger, requested_by)
+        return live, False
+
+    async def judged(
+        self,
+        watched: Watched,
+        *,
+        reasons: Sequence[str] = (),
+        due_at: datetime | None = None,
+        attempt: int = 0,
+        organization: int | None = None,
+        more: Sequence[Hint] = (),
+    ) -> None:
+        """Close a look; `more` are entities that are due in turn."""
+        async with self._database.transaction() as queries:
+            await queries.value(
+                "judge_watched",
+                entity_id=watched.entity_id,
+                lease_token=watched.token,
+                generation=watched.generation,
+                reasons=list(reasons),
+                due_at=due_at,
+                attempt=attempt,
+                organization=organization,
+            )
+            for hint in more:
+                await watch(queries, hint, 0)
+
+    async def last_look(self, entity_id: str) -> Look | None:
+        """Return what is known of an entity, or nothing when no hint ever named it."""
+        async with self._database.queries() as queries:
+            row = await queries.row("get_watched", entity_id=entity_id)
+            deliveries = await queries.rows("list_deliveries", entity_id=entity_id, most=20)
+        if row is None:
+            return None
+        return Look(
+            entity_id=row["entity_id"],
+            organization=row["organization"],
+            due_at=row["due_at"],
+            judged_at=row["judged_at"],
+            reasons=tuple(row["reasons"]),
+            deliveries=tuple((each["received_at"], each["source"]) for each in deliveries),
+        )
+
+    async def seconds_to_next(self, most: float) -> float:
+        """Return how long to sleep until the next look falls due, `most` seconds at the longest."""
+        async with self._database.queries() as queries:
+            seconds: float | None = await queries.value("next_look_due")
+        return most if seconds is None else min(most, max(0.0, seconds))
+
+
+async def watch(queries: Queries, hint: Hint, settle_seconds: float) -> None:
+    """Make an entity due after the quiet time, in the caller's transaction."""
+    await queries.value(
+        "watch_entity",
+        entity_id=hint.entity_id,
+        entity_type=hint.type,
+        organization=hint.organization,
+        settle=timedelta(seconds=settle_seconds),
+    )

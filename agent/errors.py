@@ -1,0 +1,92 @@
+"""What can go wrong, by the party that caused it.
+
+    AgentError
+    ├── ConfigurationError      a setting is missing, unreadable or contradicts another
+    ├── DatabaseError           PostgreSQL: away, or its schema is not the one that the program needs
+    ├── OvationError            Ovation's API
+    │   ├── OvationUnavailable      away, overloaded, or answering with a fault of its own   (transient)
+    │   ├── OvationRefused          the token is not accepted                                (permanent)
+    │   └── OvationNotFound         no such entity, or not for this token                    (permanent)
+    ├── StorageError            the object store, or the server behind a remote Revision
+    │   ├── StorageUnavailable      away, slow, or broken off                                (transient)
+    │   ├── StorageMismatch         the bytes that arrived are not the ones promised         (transient, counted)
+    │   └── StorageRefused          credentials or address refused                           (permanent)
+    └── ExecutorError           Apptainer, or the machine that it runs on
+        ├── ExecutorUnavailable     the machine cannot start containers now                  (transient)
+        └── ImageError              the image is at fault                                    (permanent)
+
+Adapters translate a library's errors into these at one place each. Anything else that is raised is a bug in the
+agent and is treated as one.
+"""
+
+from __future__ import annotations
+
+
+class AgentError(Exception):
+    """The root. `transient` says whether the same call may succeed later with nothing changed."""
+
+    transient: bool = False
+
+
+class ConfigurationError(AgentError):
+    """A setting is missing, unreadable or contradicts another; the message names the key and the remedy."""
+
+
+class DatabaseError(AgentError):
+    """PostgreSQL is away, or its schema is not the one that the program needs."""
+
+
+class OvationError(AgentError):
+    """Ovation's API answered with an error; `status` is the HTTP status, `None` without an answer."""
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class OvationUnavailable(OvationError):
+    """Ovation is away, overloaded, or answers with a fault of its own."""
+
+    transient = True
+
+
+class OvationRefused(OvationError):
+    """Ovation does not accept the token, or the token may not do this."""
+
+
+class OvationNotFound(OvationError):
+    """Ovation has no such entity, or hides it from this token."""
+
+
+class StorageError(AgentError):
+    """The object store, or the server behind a remote Revision."""
+
+
+class StorageUnavailable(StorageError):
+    """The store is away, slow, or broke off."""
+
+    transient = True
+
+
+class StorageMismatch(StorageError):
+    """The bytes that arrived are not the ones promised: another try may help, endless tries will not."""
+
+    transient = True
+
+
+class StorageRefused(StorageError):
+    """The store refused the credentials, or the address is not one that may be read."""
+
+
+class ExecutorError(AgentError):
+    """Apptainer, or the machine that it runs on."""
+
+
+class ExecutorUnavailable(ExecutorError):
+    """This machine cannot start containers now; the message says why and what to do."""
+
+    transient = True
+
+
+class ImageError(ExecutorError):
+    """The image is at fault: not an image, truncated, or without a default command."""

@@ -1,0 +1,82 @@
+"""What every step is given."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from agent.adapters.download import Downloader
+from agent.adapters.executor import Executor, RunRequest
+from agent.adapters.ovation import Ovation
+from agent.adapters.upload import Uploader
+from agent.db.jobs import Claim, Jobs
+from agent.db.outputs import Outputs
+from agent.domain.job import Job, Outcome
+from agent.domain.workdir import Layout
+from agent.settings import AgentSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The parties that steps work with."""
+
+    settings: AgentSettings
+    jobs: Jobs
+    outputs: Outputs
+    ovation: Ovation
+    downloader: Downloader
+    uploader: Uploader
+    executor: Executor
+
+    def layout(self, job: Job) -> Layout:
+        """Return where the job's files are."""
+        return Layout(Path(self.settings.data_dir).absolute(), job.id)
+
+    def run_request(self, job: Job) -> RunRequest:
+        """Return the job's container; the same for the same job, however often it is asked for."""
+        layout = self.layout(job)
+        return RunRequest(
+            name=f"ovation-{job.id}-1",
+            directory=Path(layout.run(1)),
+            image=Path(layout.related) / job.plan.image.file_name,
+            inputs=Path(layout.inputs),
+            related=Path(layout.related),
+            time_limit_seconds=self.settings.time_limit_seconds,
+            network=self.settings.network,
+        )
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a step is; the worker writes it down now and then."""
+
+    files_total: int = 0
+    bytes_total: int = 0
+    files_done: int = 0
+    bytes_done: int = 0
+
+    def add_bytes(self, count: int) -> None:
+        """Count bytes that passed."""
+        self.bytes_done += count
+
+
+@dataclass(slots=True)
+class Control:
+    """What a step tells the worker, and the worker the step, while it runs."""
+
+    progress: Progress = field(default_factory=Progress)
+    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Step(Protocol):
+    """Does the work of one state. Its one contract: it may be repeated."""
+
+    def __call__(self, context: Context, claim: Claim, control: Control) -> Awaitable[Outcome]:
+        """Do the work and return what came of it."""
+        ...
+
+
+Steps = Callable[[Context, Claim, Control], Awaitable[Outcome]]

@@ -1,0 +1,49 @@
+"""Running: watch the container until it ends, and say what became of it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from agent.adapters.executor import Ended, NotStarted, Status
+from agent.adapters.files import tail
+from agent.db.jobs import Claim
+from agent.domain.container import judge
+from agent.domain.job import Done, Failed, Fault, FaultClass, Outcome
+from agent.pipeline.context import Context, Control
+
+_LOOK_SECONDS = 30.0
+_STDERR_TAIL_BYTES = 8192
+
+
+async def watch(context: Context, claim: Claim, control: Control) -> Outcome:
+    """Wait for the container's end under the lease; a cancelled job's container is ended first."""
+    request = context.run_request(claim.job)
+    cancelling = asyncio.create_task(control.cancelled.wait())
+    try:
+        while True:
+            waiting = asyncio.create_task(context.executor.wait(request, _LOOK_SECONDS))
+            try:
+                await asyncio.wait({waiting, cancelling}, return_when=asyncio.FIRST_COMPLETED)
+                if control.cancelled.is_set():
+                    await context.executor.cancel(request)
+                status: Status = await waiting
+            finally:
+                waiting.cancel()
+            if isinstance(status, NotStarted):
+                fault = Fault(FaultClass.NODE, "the run's directory has disappeared from the machine that ran it")
+                return Failed(fault, final=True)
+            if isinstance(status, Ended):
+                judgement = judge(
+                    status.ending,
+                    status.exit_code,
+                    tail(request.stderr, _STDERR_TAIL_BYTES),
+                    time_limit_seconds=request.time_limit_seconds,
+                )
+                return Done(
+                    verdict=judgement.verdict,
+                    fault=judgement.fault,
+                    exit_code=status.exit_code,
+                    started_at=status.started_at,
+                )
+    finally:
+        cancelling.cancel()

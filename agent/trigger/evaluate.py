@@ -1,0 +1,139 @@
+"""Look at what may have changed: read it from Ovation, judge it, make a job or keep the reason why not."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+
+from agent.adapters.ovation import Ovation
+from agent.db.watched import Watched, WatchList
+from agent.domain.activity import Activity, NotReady, readiness
+from agent.domain.webhook import Hint
+from agent.errors import DatabaseError, OvationError, OvationNotFound, OvationUnavailable
+from agent.logs import logger
+from agent.settings import Settings
+
+_AT_ONCE = 8
+_LEASE_SECONDS = 60.0
+_IDLE_SECONDS = 2.0
+_UPLOAD_LOOK_SECONDS = 15.0
+_OUTAGE_LOOK_SECONDS = 10.0
+_OUTAGE_LOOK_MAX_SECONDS = 60.0
+
+
+class Evaluator:
+    """Looks at due entities, several at once."""
+
+    def __init__(
+        self, settings: Settings, watch_list: WatchList, ovation: Ovation, on_job: Callable[[], None] = lambda: None
+    ) -> None:
+        self._settings = settings
+        self._watch_list = watch_list
+        self._ovation = ovation
+        self._on_job = on_job
+        self._wake = asyncio.Event()
+        self._looks: set[asyncio.Task[None]] = set()
+
+    def wake(self) -> None:
+        """Look for due entities now."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        try:
+            while True:
+                self._wake.clear()
+                seconds = _IDLE_SECONDS
+                with contextlib.suppress(DatabaseError):  # the worker tells of it, once
+                    free = _AT_ONCE - len(self._looks)
+                    for watched in await self._watch_list.claim(free, _LEASE_SECONDS) if free else []:
+                        self._begin(watched)
+                    if len(self._looks) < _AT_ONCE:
+                        seconds = await self._watch_list.seconds_to_next(_IDLE_SECONDS)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), max(seconds, 0.01))
+        finally:
+            for look in self._looks:
+                look.cancel()
+            await asyncio.gather(*self._looks, return_exceptions=True)
+
+    def _begin(self, watched: Watched) -> None:
+        look = asyncio.create_task(self._look(watched), name=f"look at {watched.entity_id}")
+        self._looks.add(look)
+        look.add_done_callback(self._looks.discard)
+        look.add_done_callback(lambda _: self.wake())
+
+    async def _look(self, watched: Watched) -> None:
+        try:
+            if watched.entity_type == "Revision":
+                await self._look_at_revision(watched)
+            else:
+                await self._look_at_activity(watched)
+        except OvationUnavailable as error:
+            wait = min(_OUTAGE_LOOK_MAX_SECONDS, _OUTAGE_LOOK_SECONDS * 2 ** min(watched.attempt, 8))
+            await self._later(watched, f"waiting for Ovation: {error}", wait)
+        except OvationError as error:
+            await self._later(watched, str(error), None)
+        except DatabaseError:
+            return  # the lease runs out and it is looked at again
+        except Exception:  # noqa: BLE001 a bug: loud in the log, and the other Activities go on
+            logger().exception("look_failed", entity_id=watched.entity_id)
+            await self._later(watched, "the agent failed while it looked at this", _OUTAGE_LOOK_MAX_SECONDS)
+
+    async def _later(self, watched: Watched, reason: str, seconds: float | None) -> None:
+        due_at = None if seconds is None else datetime.now(UTC) + timedelta(seconds=seconds)
+        logger().warning("not_judged", entity_id=watched.entity_id, reason=reason)
+        with contextlib.suppress(DatabaseError):
+            await self._watch_list.judged(watched, reasons=(reason,), due_at=due_at, attempt=watched.attempt + 1)
+
+    async def _look_at_revision(self, watched: Watched) -> None:
+        """A Revision changed: have the Activities that use it looked at."""
+        for organization in self._organizations(watched):
+            with contextlib.suppress(OvationNotFound):
+                activities = await self._ovation.activities_of(organization, watched.entity_id)
+                hints = [Hint(activity_id, "Activity", organization) for activity_id in activities]
+                await self._watch_list.judged(watched, organization=organization, more=hints)
+                return
+        await self._watch_list.judged(watched, reasons=(_nowhere(self._organizations(watched)),))
+
+    async def _look_at_activity(self, watched: Watched) -> None:
+        activity = await self._read(watched)
+        if activity is None:
+            await self._watch_list.judged(watched, reasons=(_nowhere(self._organizations(watched)),))
+            return
+        live = await self._watch_list.live(activity.id)
+        if live is not None:
+            reason = f"run {live.run} is under way; what changed is judged when it has ended"
+            await self._watch_list.judged(watched, reasons=(reason,), organization=activity.organization)
+            return
+        ran = await self._watch_list.ran(activity.id)
+        judgement = readiness(activity, self._settings.agent.image_suffixes, ran)
+        if isinstance(judgement, NotReady):
+            again = timedelta(seconds=_UPLOAD_LOOK_SECONDS)
+            due_at = datetime.now(UTC) + again if judgement.waiting else None
+            logger().info("activity_not_ready", activity_id=activity.id, reasons=list(judgement.reasons))
+            await self._watch_list.judged(
+                watched, reasons=judgement.reasons, due_at=due_at, organization=activity.organization
+            )
+            return
+        job, made = await self._watch_list.start(activity, judgement.plan, "webhook")
+        if made:
+            logger().info("job_made", job_id=job.id, activity_id=activity.id, run=job.run, image=job.plan.image.name)
+            self._on_job()
+        await self._watch_list.judged(watched, organization=activity.organization)
+
+    async def _read(self, watched: Watched) -> Activity | None:
+        for organization in self._organizations(watched):
+            with contextlib.suppress(OvationNotFound):
+                return await self._ovation.activity(organization, watched.entity_id)
+        return None
+
+    def _organizations(self, watched: Watched) -> Sequence[int]:
+        return self._settings.ovation.organizations if watched.organization is None else (watched.organization,)
+
+
+def _nowhere(organizations: Sequence[int]) -> str:
+    listed = ", ".join(map(str, organizations))
+    return f"not found in organization {listed}, or not for the agent's account"

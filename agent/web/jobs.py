@@ -1,0 +1,199 @@
+"""`/api`: what the command line and programs read and do. Behind the admin token."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from aiohttp import hdrs, web
+
+from agent.domain.activity import NotReady, readiness
+from agent.domain.job import TERMINAL, Job, State
+from agent.domain.workdir import Layout
+from agent.errors import OvationError, OvationNotFound
+from agent.web.state import SERVICES, bearer, failure, read_json, same
+
+routes = web.RouteTableDef()
+_FOLLOW_SECONDS = 0.2
+_MAX_LISTED = 1000
+_LOG_FOLLOWED_STATES = frozenset({State.QUEUED, State.STAGING, State.LAUNCHING, State.RUNNING})
+
+
+def authorize(request: web.Request) -> None:
+    """Raise 401 unless the request carries the admin token."""
+    token = bearer(request)
+    if token is None or not same(token, request.app[SERVICES].admin_token):
+        raise failure(401, "the admin token is needed", {hdrs.WWW_AUTHENTICATE: 'Bearer realm="ovation-agent"'})
+
+
+@routes.get("/api/jobs")
+async def list_jobs(request: web.Request) -> web.Response:
+    """List jobs, newest first; `activity_id`, `state` and `limit` narrow it."""
+    authorize(request)
+    state, limit = request.query.get("state"), request.query.get("limit", "100")
+    if state is not None and state not in set(State):
+        raise failure(400, f"no such state: the states are {', '.join(State)}")
+    if not limit.isdecimal() or not 1 <= int(limit) <= _MAX_LISTED:
+        raise failure(400, f"limit is not a number from 1 to {_MAX_LISTED}")
+    jobs = await request.app[SERVICES].jobs.newest(
+        activity_id=request.query.get("activity_id"), state=State(state) if state else None, most=int(limit)
+    )
+    return web.json_response({"jobs": [as_json(job) for job in jobs]})
+
+
+@routes.get("/api/jobs/{id}")
+async def get_job(request: web.Request) -> web.Response:
+    """Show one job."""
+    return web.json_response(as_json(await _job(request)))
+
+
+@routes.get("/api/jobs/{id}/events")
+async def list_events(request: web.Request) -> web.Response:
+    """Tell a job's story: every move with its time."""
+    job = await _job(request)
+    events = await request.app[SERVICES].jobs.events(job.id)
+    listed = [
+        {"id": each.id, "at": _time(each.at), "state": each.state, "attempt": each.attempt, "note": each.note}
+        for each in events
+    ]
+    return web.json_response({"events": listed})
+
+
+@routes.get("/api/activities/{id}")
+async def get_activity(request: web.Request) -> web.Response:
+    """Say what led to an Activity's runs, or why there is none."""
+    authorize(request)
+    services, activity_id = request.app[SERVICES], request.match_info["id"]
+    look = await services.watch_list.last_look(activity_id)
+    jobs = await services.jobs.newest(activity_id=activity_id)
+    if look is None and not jobs:
+        raise failure(404, "no webhook and no person has named this Activity")
+    return web.json_response(
+        {
+            "id": activity_id,
+            "organization": look.organization if look else jobs[0].organization,
+            "judged_at": _time(look.judged_at) if look else None,
+            "reasons": list(look.reasons) if look else [],
+            "due_at": _time(look.due_at) if look else None,
+            "deliveries": [{"at": _time(at), "source": source} for at, source in look.deliveries] if look else [],
+            "jobs": [as_json(job) for job in jobs],
+        }
+    )
+
+
+@routes.post("/api/jobs/{id}/cancel")
+async def cancel(request: web.Request) -> web.Response:
+    """Ask for a job's end; what it wrote so far is still delivered."""
+    job = await _job(request)
+    services = request.app[SERVICES]
+    if not await services.jobs.cancel(job.id):
+        raise failure(409, f"the job has ended: it {job.state}")
+    services.on_cancel(job.id)
+    return web.json_response(as_json(await _job(request)), status=202)
+
+
+@routes.post("/api/jobs/{id}/rerun")
+async def rerun(request: web.Request) -> web.Response:
+    """Run the Activity again with the same image name, as it stands in Ovation now."""
+    job = await _job(request)
+    services = request.app[SERVICES]
+    if request.can_read_body:
+        await read_json(request)
+    try:
+        activity = await services.ovation.activity(job.organization, job.activity_id)
+    except OvationNotFound:
+        raise failure(404, "the Activity is no longer in Ovation") from None
+    except OvationError as error:
+        raise failure(503, str(error), {hdrs.RETRY_AFTER: "10"}) from None
+    judgement = readiness(activity, services.settings.agent.image_suffixes, image_name=job.plan.image.name)
+    if isinstance(judgement, NotReady):
+        raise failure(409, "; ".join(judgement.reasons))
+    again, made = await services.watch_list.start(activity, judgement.plan, "rerun")
+    if made:
+        services.on_job()
+    return web.json_response(as_json(again), status=201)
+
+
+@routes.get("/api/jobs/{id}/logs/{stream:stdout|stderr}")
+async def read_log(request: web.Request) -> web.StreamResponse:
+    """Send what the container wrote so far; with `follow=1`, what it writes until it ends."""
+    job = await _job(request)
+    services = request.app[SERVICES]
+    follow = request.query.get("follow") == "1"
+    path = Path(Layout(services.data_dir, job.id).log(request.match_info["stream"]))
+    live = job.state in _LOG_FOLLOWED_STATES
+    if not (follow and live) and not await asyncio.to_thread(path.exists):
+        raise failure(404, "there is no such log on this machine: the run has not begun, or its logs are in Ovation")
+    response = web.StreamResponse(
+        headers={hdrs.CONTENT_TYPE: "text/plain; charset=utf-8", "X-Content-Type-Options": "nosniff"}
+    )
+    await response.prepare(request)
+    position = 0
+    while True:
+        ended = (
+            not follow or (found := await services.jobs.get(job.id)) is None or found.state not in _LOG_FOLLOWED_STATES
+        )
+        position = await _send_from(response, path, position)
+        if ended:
+            break
+        await asyncio.sleep(_FOLLOW_SECONDS)
+    await response.write_eof()
+    return response
+
+
+async def _send_from(response: web.StreamResponse, path: Path, position: int) -> int:
+    while piece := await asyncio.to_thread(_piece, path, position):
+        await response.write(piece)
+        position += len(piece)
+    return position
+
+
+def _piece(path: Path, position: int) -> bytes:
+    try:
+        with path.open("rb") as log:
+            log.seek(position)
+            return log.read(1 << 16)
+    except FileNotFoundError:
+        return b""
+
+
+async def _job(request: web.Request) -> Job:
+    authorize(request)
+    job = await request.app[SERVICES].jobs.get(request.match_info["id"])
+    if job is None:
+        raise failure(404, "no such job")
+    return job
+
+
+def as_json(job: Job) -> dict[str, Any]:
+    """Return a job as programs read it."""
+    return {
+        "id": job.id,
+        "activity_id": job.activity_id,
+        "activity_name": job.activity_name,
+        "organization": job.organization,
+        "image_name": job.plan.image.name,
+        "image_revision_id": job.plan.image.entity_id,
+        "run": job.run,
+        "state": job.state,
+        "verdict": job.verdict,
+        "fault": {"class": job.fault.cls, "message": job.fault.message} if job.fault else None,
+        "exit_code": job.exit_code,
+        "trigger": job.trigger,
+        "requested_by": job.requested_by,
+        "attempt": job.attempt,
+        "waiting_for": job.waiting_for,
+        "cancel_requested": job.cancel_requested,
+        "created_at": _time(job.created_at),
+        "started_at": _time(job.started_at),
+        "finished_at": _time(job.finished_at),
+        "progress": dict(job.progress),
+        "native_id": job.native_id,
+        "live": job.state not in TERMINAL,
+    }
+
+
+def _time(at: datetime | None) -> str | None:
+    return at.isoformat() if at else None

@@ -1,0 +1,114 @@
+"""What the handlers work with, and the few things that all of them do."""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aiohttp import hdrs, web
+from aiohttp.typedefs import LooseHeaders
+
+from agent.adapters.ovation import Ovation
+from agent.db.database import Database
+from agent.db.jobs import Jobs
+from agent.db.watched import WatchList
+from agent.errors import DatabaseError
+from agent.settings import Settings
+
+MAX_BODY_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The parties that handlers work with."""
+
+    settings: Settings
+    database: Database
+    watch_list: WatchList
+    jobs: Jobs
+    ovation: Ovation
+    data_dir: Path
+    admin_token: str
+    on_hint: Callable[[], None]
+    on_job: Callable[[], None]
+    on_cancel: Callable[[str], None]
+
+
+SERVICES = web.AppKey("services", Services)
+
+
+def problem(status: int, detail: str, headers: LooseHeaders | None = None) -> web.Response:
+    """Return an error in the shape that Ovation's own API uses."""
+    return web.json_response({"errors": {"detail": detail}}, status=status, headers=headers)
+
+
+async def read_json(request: web.Request) -> Any:
+    """Return the body's JSON.
+
+    Raises:
+        web.HTTPException: 413 above 64 KiB, without reading on; 400 when it is not JSON, saying where.
+    """
+    if (request.content_length or 0) > MAX_BODY_BYTES:
+        raise failure(413, f"the body is larger than {MAX_BODY_BYTES} bytes", {hdrs.CONNECTION: "close"})
+    body = bytearray()
+    async for chunk in request.content.iter_any():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise failure(413, f"the body is larger than {MAX_BODY_BYTES} bytes", {hdrs.CONNECTION: "close"})
+    try:
+        return json.loads(body)
+    except UnicodeDecodeError:
+        raise failure(400, "the body is not text in UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise failure(400, f"the body is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except (RecursionError, ValueError):
+        raise failure(400, "the body is not JSON that can be read") from None
+
+
+def failure(status: int, detail: str, headers: LooseHeaders | None = None) -> web.HTTPException:
+    """Return an error to raise."""
+    kinds: dict[int, type[web.HTTPException]] = {
+        400: web.HTTPBadRequest,
+        401: web.HTTPUnauthorized,
+        404: web.HTTPNotFound,
+        409: web.HTTPConflict,
+        503: web.HTTPServiceUnavailable,
+    }
+    text = json.dumps({"errors": {"detail": detail}})
+    if status == 413:  # noqa: PLR2004 it alone wants the sizes
+        return web.HTTPRequestEntityTooLarge(
+            MAX_BODY_BYTES, text=text, content_type="application/json", headers=headers
+        )
+    return kinds[status](text=text, content_type="application/json", headers=headers)
+
+
+def same(left: str, right: str) -> bool:
+    """Compare two secrets in constant time."""
+    return hmac.compare_digest(left.encode(), right.encode())
+
+
+def bearer(request: web.Request) -> str | None:
+    """Return the request's bearer token, if it carries one."""
+    scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    return token.strip() or None if scheme.lower() == "bearer" else None
+
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@web.middleware
+async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer in JSON also where aiohttp would not, and 503 while PostgreSQL is away."""
+    try:
+        return await handler(request)
+    except DatabaseError:
+        return problem(503, "the agent's database is away; send this again", {hdrs.RETRY_AFTER: "10"})
+    except web.HTTPException as error:
+        if error.status < 400 or error.content_type == "application/json":  # noqa: PLR2004 HTTP's own number
+            raise
+        headers = {hdrs.ALLOW: error.headers[hdrs.ALLOW]} if hdrs.ALLOW in error.headers else None
+        return problem(error.status, error.reason.lower(), headers)

@@ -1,0 +1,88 @@
+"""What tests share: a PostgreSQL with a fresh database each, a sandbox, an agent that serves."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import pytest
+from hypothesis import settings
+
+from agent.db.database import Database
+from tests.postgres import debian_server
+
+settings.register_profile("quick", max_examples=60, deadline=None, database=None)
+settings.register_profile("ci", max_examples=150, deadline=None, database=None, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "quick")
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the settings of whoever runs the tests out of them."""
+    for name in list(os.environ):
+        if name.startswith(("OVATION_", "AGENT_", "JWT_", "AWS_", "APPTAINER", "SINGULARITY")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def server_url() -> Iterator[str]:
+    """Debian's PostgreSQL, for the tests' session."""
+    with debian_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def embedded_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The embedded PostgreSQL, for the tests' session."""
+    from agent.db.embedded import EmbeddedServer
+
+    server = EmbeddedServer._start(tmp_path_factory.mktemp("pg") / "postgres")
+    try:
+        yield server.dsn
+    finally:
+        server._server.cleanup()
+
+
+def with_database(url: str, name: str) -> str:
+    """Return the address of another database on the same server."""
+    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+
+
+@pytest.fixture(params=["embedded", "server"])
+async def empty_database_url(request: pytest.FixtureRequest) -> AsyncIterator[str]:
+    """A fresh, empty database on each kind of server in turn."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    async for fresh in _fresh_database(url):
+        yield fresh
+
+
+@pytest.fixture
+async def database_url(server_url: str) -> AsyncIterator[str]:
+    """A fresh, empty database on Debian's server."""
+    async for fresh in _fresh_database(server_url):
+        yield fresh
+
+
+async def _fresh_database(url: str) -> AsyncIterator[str]:
+    name = f"test_{uuid.uuid4().hex}"
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(f"CREATE DATABASE {name}")
+        yield with_database(url, name)
+        await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    finally:
+        await connection.close()
+
+
+@pytest.fixture
+async def database(empty_database_url: str) -> AsyncIterator[Database]:
+    """A migrated database on each kind of server in turn."""
+    opened = await Database.open(empty_database_url, "the test database")
+    try:
+        await opened.migrate()
+        yield opened
+    finally:
+        await opened.close()
