@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import secrets
 import signal
+import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -88,6 +90,7 @@ async def _open(settings: Settings) -> AsyncIterator[_Agent]:
     data_dir = _data_dir(settings)
     admin_token = _admin_token(settings, data_dir)
     async with AsyncExitStack() as stack:
+        stack.enter_context(_alone(data_dir))
         database: Database = await stack.enter_async_context(connect(settings.agent))
         await database.check()
         ovation = await stack.enter_async_context(Ovation.open(settings.ovation))
@@ -101,9 +104,11 @@ async def _open(settings: Settings) -> AsyncIterator[_Agent]:
             uploader=Uploader(settings.aws),
             executor=executor_for(settings),
         )
-        worker = Worker(context)
+        holder = f"{socket.gethostname()}:{data_dir}"  # nobody else's: the data directory is locked
+        await context.jobs.expire_leases(holder)
+        worker = Worker(context, holder)
         watch_list = WatchList(database)
-        evaluator = Evaluator(settings, watch_list, ovation, on_job=worker.wake)
+        evaluator = Evaluator(settings, watch_list, ovation, holder, on_job=worker.wake)
         services = Services(
             settings=settings,
             database=database,
@@ -204,6 +209,19 @@ def _data_dir(settings: Settings) -> Path:
     except OSError as error:
         raise ConfigurationError(f"AGENT_DATA_DIR: {data_dir} cannot be used: {error.strerror}") from None
     return data_dir
+
+
+@contextlib.contextmanager
+def _alone(data_dir: Path) -> Iterator[None]:
+    """Hold the data directory: two agents on one would take each other's work for their own."""
+    with (data_dir / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigurationError(
+                f"another agent runs on {data_dir}: stop it, or give this one an AGENT_DATA_DIR of its own"
+            ) from None
+        yield
 
 
 def _admin_token(settings: Settings, data_dir: Path) -> str:

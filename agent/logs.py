@@ -5,31 +5,70 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, Literal
 
 import structlog
 
+REDACTED = "[redacted]"
 _SECRET_KEYS = re.compile(r"token|secret|password|authorization|credential|api_key|signature", re.IGNORECASE)
 _SECRET_TEXT = re.compile(
     r"(?P<bearer>bearer\s+)[\w.~+/=-]+"
-    r"|(?P<query>[?&](?:token|access_token|X-Amz-[\w-]+|AWSAccessKeyId|Signature)=)[^&\s\"']+"
-    r"|(?P<userinfo>://[^\s/:@]*:)[^\s/@]+(?=@)"
+    r"|(?P<basic>authorization\W{1,6}basic\s+)[\w+/=-]+"
+    r"|(?P<query>[?&](?:token|access_token|password|sslpassword|X-Amz-[\w-]+|AWSAccessKeyId|Signature)=)[^&\s\"']+"
+    r"|(?P<userinfo>://[^\s/:@]*:)[^\s/]+(?=@)"
+    r"|(?P<pair>\w*(?:token|secret|password|api_key|secret_access_key)(?:=|[\"']\s*:\s*[\"']))[^\s\"'&,;]+"
     r"|(?P<jwt>)eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*",
     re.IGNORECASE,
 )
-REDACTED = "[redacted]"
+# Shorter ones stand in the middle of ordinary words.
+_HIDDEN_LEAST_CHARACTERS = 6
+_MOST_DEPTH = 20
+_hidden: set[str] = set()
+
+
+def hide(secrets: Iterable[str]) -> None:
+    """Keep these very values out of the log, wherever they may turn up; only from 6 characters on."""
+    _hidden.update(secret for secret in secrets if len(secret) >= _HIDDEN_LEAST_CHARACTERS)
 
 
 def redact(text: str) -> str:
     """Return `text` without bearer tokens, JWTs, passwords in addresses and the signed part of presigned URLs."""
+    for secret in sorted(_hidden, key=len, reverse=True):
+        text = text.replace(secret, REDACTED)
     return _SECRET_TEXT.sub(lambda match: f"{match[match.lastgroup] if match.lastgroup else ''}{REDACTED}", text)
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Return `text` without control characters: names come from strangers, and a terminal obeys what it reads."""
+    return "".join(
+        character if character.isprintable() or character in keep else "\N{REPLACEMENT CHARACTER}" for character in text
+    )
+
+
+def _clean(value: Any, key: str = "", depth: int = 0) -> Any:
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if key and _SECRET_KEYS.search(key):
+        return REDACTED if value else value
+    if depth < _MOST_DEPTH:
+        if isinstance(value, Mapping):
+            return {redact(str(name)): _clean(inner, str(name), depth + 1) for name, inner in value.items()}
+        if isinstance(value, list | tuple | set | frozenset):
+            return [_clean(inner, depth=depth + 1) for inner in value]
+    return redact(value if isinstance(value, str) else str(value))
 
 
 def _redact_event(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     for key, value in event.items():
-        if isinstance(value, str):
-            event[key] = REDACTED if _SECRET_KEYS.search(key) and value else redact(value)
+        event[key] = _clean(value, key)
+    return event
+
+
+def _for_terminals(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    for key, value in event.items():
+        if not isinstance(value, bool | int | float | None):
+            event[key] = printable(str(value), keep="\n" if key == "exception" else "")
     return event
 
 
@@ -37,20 +76,29 @@ def configure(
     log_format: Literal["auto", "json", "console"] = "auto",
     level: Literal["debug", "info", "warning", "error"] = "info",
 ) -> None:
-    """Set structlog up for the process; library warnings go the same way."""
+    """Set structlog up for the process; what libraries log and warn of goes the same way."""
     console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    if not console:
-        shared.append(structlog.processors.dict_tracebacks)
-    renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if console else structlog.processors.JSONRenderer()
-    )
+    # Tracebacks become text before they are redacted, and show no local variables: secrets are among them.
+    last: list[structlog.typing.Processor]
+    if console:
+        shared.append(structlog.processors.format_exc_info)
+        plain = structlog.dev.plain_traceback
+        last = [
+            _redact_event,
+            _for_terminals,
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain),
+        ]
+    else:
+        transform = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        shared.append(structlog.processors.ExceptionRenderer(transform))
+        last = [_redact_event, structlog.processors.JSONRenderer()]
     structlog.configure(
-        processors=[*shared, _redact_event, renderer],
+        processors=[*shared, *last],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=False,
@@ -59,10 +107,11 @@ def configure(
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _redact_event, renderer],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
         )
     )
     logging.basicConfig(handlers=[handler], level=max(logging.WARNING, logging.getLevelName(level.upper())), force=True)
+    logging.captureWarnings(capture=True)
 
 
 def logger() -> structlog.typing.FilteringBoundLogger:

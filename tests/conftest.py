@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from urllib.parse import urlsplit, urlunsplit
@@ -17,6 +19,17 @@ from tests.postgres import debian_server
 settings.register_profile("quick", max_examples=60, deadline=None, database=None)
 settings.register_profile("ci", max_examples=150, deadline=None, database=None, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "quick")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each test session a directory of its own.
+
+    pytest's usual one is shared by all sessions of a user and closed again by each of them, which shuts out an
+    embedded PostgreSQL that runs as a user of its own when root runs the tests.
+    """
+    if config.option.basetemp is None:
+        config.option.basetemp = tempfile.mkdtemp(prefix="ovation-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True))
 
 
 @pytest.fixture(autouse=True)

@@ -84,16 +84,6 @@ def check_user() -> None:
         )
 
 
-def read_tail(path: Path, limit_bytes: int = 8192) -> str:
-    """Return the end of a log, `""` when it was never written."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - limit_bytes))
-            return file.read(limit_bytes).decode(errors="replace")
-    except FileNotFoundError:
-        return ""
-
-
 async def version(program: Path) -> str:
     """Return what the program calls itself, for instance `apptainer version 1.4.5`.
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from agent.adapters import apptainer, host_image, runner
+from agent.adapters import apptainer, files, host_image, runner
 from agent.adapters.executor import Ended, Ending, ImageFacts, NotStarted, Running, RunRequest, Status, Usage
 from agent.domain.container import Container, User, arguments, environment
 from agent.errors import ExecutorUnavailable
@@ -25,6 +25,7 @@ NOBODY = User(65534, 65534)
 _PRIVATE = "private"  # Apptainer's own home and temporary files
 _SCRATCH = "scratch"
 _AGAIN_SECONDS = 0.05
+_TAIL_BYTES = 8192
 _HANDSHAKE_SECONDS = 60.0
 
 
@@ -67,7 +68,7 @@ class LocalExecutor:
             await self._launch(request, program, extra=host_image.mounts())
             status = await self.wait(request, host_image.TIME_LIMIT_SECONDS * 2)
             if not isinstance(status, Ended) or status.exit_code != 0:
-                raise ExecutorUnavailable(host_image.complaint(program, apptainer.read_tail(request.stderr)))
+                raise ExecutorUnavailable(host_image.complaint(program, files.tail(request.stderr, _TAIL_BYTES)))
         return runtime
 
     async def inspect(self, image: Path) -> ImageFacts:
@@ -94,7 +95,7 @@ class LocalExecutor:
         status = await self.status(request)
         if not isinstance(status, NotStarted):
             return status
-        detail = apptainer.read_tail(request.directory / runner.LOG).strip().rpartition("\n")[2]
+        detail = files.tail(request.directory / runner.LOG, _TAIL_BYTES).strip().rpartition("\n")[2]
         raise ExecutorUnavailable(f"The container's runner did not start (exit code {code}). {detail}".strip())
 
     async def status(self, request: RunRequest) -> Status:
@@ -147,7 +148,7 @@ class LocalExecutor:
         record = {
             "ending": str(Ending.LOST),
             "exit_code": None,
-            "started_at": (started or claim)["at"],
+            "started_at": claim["at"],
             "finished_at": time.time(),
         }
         runner.write_json(place, runner.EXIT, record)

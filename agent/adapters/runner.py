@@ -226,14 +226,14 @@ class Run:
             if self._there_is(CLAIM):
                 raise AlreadyClaimed
             time.sleep(0.001)  # somebody looks, or another runner is about to claim
+        self.started_at = time.time()
         try:
-            write_json(self.directory, CLAIM, identity(os.getpid()) | {"at": time.time()}, exclusive=True)
+            write_json(self.directory, CLAIM, identity(os.getpid()) | {"at": self.started_at}, exclusive=True)
         except FileExistsError:
             raise AlreadyClaimed from None
 
     def start(self) -> None:
         """Start the container in a session of its own."""
-        self.started_at = time.time()
         outputs = [self._open_log("stdout"), self._open_log("stderr")]
         runner = os.getpid()
         self.container = os.fork()
@@ -242,7 +242,7 @@ class Run:
         try:
             for handle in outputs:
                 os.close(handle)
-            write_json(self.directory, STARTED, identity(self.container) | {"at": self.started_at})
+            write_json(self.directory, STARTED, identity(self.container))
         except BaseException:
             send(self.container, signal.SIGKILL)
             raise

@@ -73,6 +73,11 @@ class Jobs:
             )
         return [Claim(job_from(row), row["lease_token"]) for row in rows]
 
+    async def expire_leases(self, holder: str) -> None:
+        """End the leases that a former process of this holder died with; each counts as an attempt."""
+        async with self._database.queries() as queries:
+            await queries.value("expire_leases", holder=holder)
+
     async def renew(self, claim: Claim, lease_seconds: float) -> bool:
         """Keep a lease; return whether somebody has asked for the job's end.
 

@@ -13,7 +13,7 @@ ON CONFLICT (entity_id) DO UPDATE SET
 
 -- name: claim_watched
 -- Take due entities to look at, longest due first, and raise each one's fence.
-UPDATE watched SET lease_token = lease_token + 1, lease_until = now() + :lease
+UPDATE watched SET lease_token = lease_token + 1, lease_until = now() + :lease, lease_holder = :holder
 WHERE entity_id IN (
     SELECT entity_id FROM watched
     WHERE due_at <= now() AND (lease_until IS NULL OR lease_until < now())
@@ -73,6 +73,12 @@ WHERE id IN (
         AND (lease_until IS NULL OR lease_until < now())
     ORDER BY due_at LIMIT :most FOR UPDATE SKIP LOCKED)
 RETURNING *;
+
+-- name: expire_leases!
+-- An agent starts: the leases of the one that ran on its data directory before it end now.
+WITH jobs_expired AS (
+    UPDATE jobs SET lease_until = now() - interval '1 microsecond' WHERE lease_holder = :holder AND lease_until > now())
+UPDATE watched SET lease_until = now() - interval '1 microsecond' WHERE lease_holder = :holder AND lease_until > now();
 
 -- name: renew_lease$
 -- Keep a lease; tells whether somebody asked for the job's end. Nothing: the lease is another's now.

@@ -56,10 +56,10 @@ class WatchList:
                 )
                 await watch(queries, hint, settle_seconds)
 
-    async def claim(self, most: int, lease_seconds: float) -> list[Watched]:
+    async def claim(self, most: int, lease_seconds: float, holder: str) -> list[Watched]:
         """Take up to `most` entities that are due."""
         async with self._database.queries() as queries:
-            rows = await queries.rows("claim_watched", most=most, lease=timedelta(seconds=lease_seconds))
+            rows = await queries.rows("claim_watched", most=most, lease=timedelta(seconds=lease_seconds), holder=holder)
         return [
             Watched(
                 entity_id=row["entity_id"],

@@ -134,6 +134,7 @@ class Done:
     exit_code: int | None = None
     native_id: str | None = None
     started_at: datetime | None = None
+    note: str | None = None  # for the job's story
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,12 +20,12 @@ from agent.db.jobs import Claim
 from agent.db.outputs import Kind, Output
 from agent.domain.job import Done, NotYet, Outcome
 from agent.errors import OvationNotFound, StorageMismatch
-from agent.logs import logger
 from agent.pipeline.context import Context, Control
 
 _AT_ONCE = 8
 _CONTAINER_ENDS_SECONDS = 1.0
 _LOGS = ("stdout.log", "stderr.log")
+_MOST_NAMED = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +59,20 @@ async def collect(context: Context, claim: Claim, control: Control) -> Outcome:
     await delivery.deliver(logs)
     await delivery.make_folders(tree.folders)
     await delivery.deliver([_item(request.outputs, file) for file in tree.files])
-    _tell(tree)
-    return Done()
+    return Done(note=_note(tree))
 
 
 def _item(root: Path, file: Found) -> _Item:
     return _Item(Kind.OUTPUT, root, file.path, file.size)
 
 
-def _tell(tree: Tree) -> None:
+def _note(tree: Tree) -> str | None:
+    """Say in the job's story what a person would otherwise miss among the outputs."""
     if tree.skipped:
-        shown = [f"{_printable(path)}: {kind}" for path, kind in tree.skipped[:20]]
-        logger().warning("outputs_skipped", count=len(tree.skipped), skipped=shown)
-    if not tree.files:
-        logger().warning("outputs_empty")
+        listed = ", ".join(f"{_printable(path)} ({kind})" for path, kind in tree.skipped[:_MOST_NAMED])
+        more = f" and {len(tree.skipped) - _MOST_NAMED} more" if len(tree.skipped) > _MOST_NAMED else ""
+        return f"not delivered, because only regular files are: {listed}{more}"
+    return None if tree.files else "the container left nothing in /outputs"
 
 
 def _explain(directory: Path, claim: Claim) -> None:
@@ -81,6 +81,15 @@ def _explain(directory: Path, claim: Claim) -> None:
     if claim.job.fault is not None and not log.exists():
         directory.mkdir(parents=True, exist_ok=True)
         log.write_text(f"ovation-agent: the image was not run: {claim.job.fault.message}\n")
+
+
+def _was_begun(root: Path) -> bool:
+    """Say whether a delivery was begun before, and mark that one is now: a lost answer may hide what it made."""
+    try:
+        (root / "delivery-begun").touch(exist_ok=False)
+    except FileExistsError:
+        return True
+    return False
 
 
 def _printable(path: str) -> str:
@@ -107,7 +116,7 @@ class _Delivery:
         activity = await context.ovation.entity(job.organization, job.activity_id)
         delivery = cls(context, claim, control, activity)
         delivery._done = await context.outputs.of(job.id)
-        delivery._resumed = job.folder_id is not None or job.attempt > 0
+        delivery._resumed = await asyncio.to_thread(_was_begun, Path(context.layout(job).root)) or job.attempt > 0
         delivery._folders[""] = await delivery._run_folder()
         return delivery
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import errno
 import random
-import socket
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -67,10 +66,10 @@ class _Held:
 class Worker:
     """Moves this agent's share of the jobs, so many at once a stage."""
 
-    def __init__(self, context: Context, limits: Limits | None = None) -> None:
+    def __init__(self, context: Context, holder: str, limits: Limits | None = None) -> None:
         self._context = context
         self._limits = limits or Limits()
-        self._holder = f"{socket.gethostname()}"
+        self._holder = holder
         self._held: dict[str, _Held] = {}
         self._wake = asyncio.Event()
         self._database_away = False
@@ -146,7 +145,7 @@ class Worker:
         outcome = await self._perform(claim, control)
         now = datetime.now(UTC)
         move = decide(claim.job, outcome, now, self._limits, jitter=random.random())  # noqa: S311 no secret
-        await self._context.jobs.move(claim, move)
+        await self._context.jobs.move(claim, move, note=outcome.note if isinstance(outcome, Done) else None)
         if isinstance(outcome, NotYet):
             return
         logger().info(

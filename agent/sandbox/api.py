@@ -83,7 +83,8 @@ async def _answers(request: web.Request, handler: Handler) -> web.StreamResponse
     except web.HTTPRequestEntityTooLarge:
         return _error(request, ApiError(413, "The body is too large"))
     except web.HTTPMethodNotAllowed as error:
-        return web.json_response({"errors": {"detail": "Method not allowed"}}, status=405, headers=error.headers)
+        allowed = {"Allow": ", ".join(sorted(error.allowed_methods))}
+        return web.json_response({"errors": {"detail": "Method not allowed"}}, status=error.status, headers=allowed)
 
 
 def _error(request: web.Request, error: ApiError) -> web.Response:

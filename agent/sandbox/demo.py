@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from agent.sandbox.demo_processes import Children
 from agent.sandbox.demo_screen import Screen
 from agent.sandbox.demo_services import Services
 from agent.sandbox.demo_story import STAGES, Story
-from agent.sandbox.sample.image import cache_directory
+from agent.sandbox.sample.image import cache_directory, container_program
+from agent.sandbox.sample.rootfs import SampleError
 
 DEFAULT_OUTPUTS = Path("demo-outputs")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -71,12 +71,12 @@ async def _supervised(keep: bool, directory: Path | None, outputs: Path) -> int:
     interruption = _Interruption(screen)
     interruption.listen()
     try:
+        container_program()
         home = Home(directory, keep)
-    except DemoFailed as error:
+    except (DemoFailed, SampleError) as error:
         screen.say(f"error: {error}", "red")
         return 1
-    started = time.monotonic()
-    services = Services(Children(), home.path, cache_directory())
+    services = Services(Children(), home, cache_directory())
     story = Story(services, screen, home.downloads, outputs)
     reaper = asyncio.create_task(services.children.reap())
     interruption.task = asyncio.create_task(_told(story, screen, keep))
@@ -92,7 +92,7 @@ async def _supervised(keep: bool, directory: Path | None, outputs: Path) -> int:
     if left:
         screen.say(f"error: these processes do not end: {', '.join(map(str, left))}", "red")
         return code or 1
-    screen.say(f"\nAll in {time.monotonic() - started:.1f} s. Nothing is left running.{home.farewell()}", "dim")
+    screen.say(f"\nNothing is left running.{home.farewell()}", "dim")
     return code
 
 

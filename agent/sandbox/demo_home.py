@@ -35,6 +35,10 @@ class Home:
         self.path.chmod(0o711)
         self.downloads = self.path / "downloads"
         self.downloads.mkdir()
+        # What the demo's processes put among temporary files goes with the rest; several users may be among them.
+        self.temporary = self.path / "tmp"
+        self.temporary.mkdir()
+        self.temporary.chmod(0o1777)
 
     def close(self) -> None:
         """Remove the directory unless it is kept; what the container made unwritable goes as well."""

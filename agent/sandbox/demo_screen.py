@@ -51,9 +51,8 @@ class Screen:
     """Shows stages and lines as they come; a context manager, inside which the table is live."""
 
     def __init__(self, stages: Iterable[str], console: Console | None = None) -> None:
-        found = console or Console(highlight=False)
-        self.live = found.is_terminal and not found.is_dumb_terminal
-        self.console = found if found.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH)
+        self.console = console or _console()
+        self.live = self.console.is_terminal and not self.console.is_dumb_terminal
         self._stages = {name: Stage(name) for name in stages}
         self._display = Live(console=self.console, get_renderable=self._table, refresh_per_second=_REFRESH_PER_SECOND)
 
@@ -148,6 +147,11 @@ class Screen:
             name_style = "dim" if stage.mark is Mark.WAITING else ""
             table.add_row(Text(sign, style), Text(stage.name, name_style), seconds, Text(stage.detail, "dim"))
         return table
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH)
 
 
 def printable(text: str) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from agent.sandbox.demo_agent import AgentClient
 from agent.sandbox.demo_errors import DemoFailed
+from agent.sandbox.demo_home import Home
 from agent.sandbox.demo_processes import Child, Children
 from agent.sandbox.demo_screen import printable
 from agent.sandbox.sample.image import clean
@@ -54,9 +55,10 @@ class AgentAddress:
 class Services:
     """What the demo starts, and how it is ended."""
 
-    def __init__(self, children: Children, home: Path, cache: Path) -> None:
+    def __init__(self, children: Children, home: Home, cache: Path) -> None:
         self.children = children
-        self.home = home
+        self.home = home.path
+        self._temporary = home.temporary
         self.sandbox: SandboxAddress | None = None
         self.agent: AgentAddress | None = None
         self._cache = cache
@@ -71,7 +73,7 @@ class Services:
             DemoFailed: it ended, or said nothing in time.
         """
         command = _python("-m", "agent.sandbox", "--directory", str(self.home / "sandbox"), "--port", "0")
-        child = self._sandbox = self.children.start("sandbox", command, self.home, _environment())
+        child = self._sandbox = self.children.start("sandbox", command, self.home, self._environment())
         deadline = time.monotonic() + _SANDBOX_SECONDS
         while b"\n" not in child.out.read_bytes():
             await _wait(child, deadline, "the sandbox")
@@ -86,7 +88,7 @@ class Services:
         """
         command = _python("-m", "agent.sandbox.sample.image", "--cache", str(self._cache))
         self._building = True
-        child = self.children.start("image", command, self.home, _environment())
+        child = self.children.start("image", command, self.home, self._environment())
         deadline = time.monotonic() + _IMAGE_SECONDS
         while (code := child.exit_code) is None:
             if time.monotonic() > deadline:
@@ -105,7 +107,7 @@ class Services:
             DemoFailed: it ended, or did not answer in time; the message has the end of its log.
         """
         address = self.agent = _choose_agent_address()
-        environment = _environment(self.agent_settings())
+        environment = self._environment(self.agent_settings())
         child = self._agent = self.children.start("agent", _python("-m", "agent", "serve"), self.home, environment)
         deadline = time.monotonic() + _AGENT_SECONDS
         async with AgentClient(address.url, address.admin_token) as client:
@@ -147,6 +149,14 @@ class Services:
         path.write_text("".join(lines), encoding="utf-8")
         return path
 
+    def _environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Return this process's environment without any setting of a real Ovation or agent, and with `more`."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}
+        # From a checkout the package is found by the working directory, which is another one in the children.
+        paths = [str(_PACKAGE_PARENT), kept.get("PYTHONPATH", "")]
+        own = {"PYTHONPATH": os.pathsep.join(path for path in paths if path), "TMPDIR": str(self._temporary)}
+        return kept | own | dict(more or {})
+
     async def end(self, hurry: asyncio.Event) -> list[int]:
         """End all that was started, the agent before what it needs, and what those left; return what does not end."""
         for child in (self._agent, self._sandbox):
@@ -167,14 +177,6 @@ def _sandbox_address(child: Child) -> SandboxAddress:
 
 def _python(*arguments: str) -> list[str]:
     return [sys.executable, *arguments]
-
-
-def _environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return this process's environment without any setting of a real Ovation or agent, and with `more`."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}
-    # From a checkout the package is found by the working directory, which is another one in the children.
-    paths = [str(_PACKAGE_PARENT), kept.get("PYTHONPATH", "")]
-    return kept | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)} | dict(more or {})
 
 
 def _choose_agent_address() -> AgentAddress:

@@ -29,6 +29,13 @@ SAMPLE = Path(__file__).with_name("sample")
 INPUTS = ("penguins.csv", "parameters.json")
 IMAGE_NAME = "penguins.sif"
 PERSON = "scientist@example.org"
+_EXPLAINED = {
+    "staging": "inputs and image are fetched and verified",
+    "launching": "Apptainer, as an unprivileged user, without network",
+    "running": "the image's own command, with /inputs and /outputs",
+    "collecting": "logs first, then /outputs, over S3 onto the Activity",
+    "reporting": "the run is closed, its work directory removed",
+}
 _JOB_SECONDS = 300
 _LOG_SECONDS = 5
 _CANCEL_SECONDS = 20.0
@@ -45,6 +52,7 @@ class Story:
         self._services = services
         self._screen = screen
         self._scratch = scratch
+        self._started = time.monotonic()
         self._target = target
         self._activity: Activity | None = None
         self._job: dict[str, Any] = {}
@@ -55,6 +63,9 @@ class Story:
         Raises:
             DemoFailed: something on the way did not work.
         """
+        self._screen.say(
+            "A person uploads data and an image to an Activity; the agent brings the results to it.\n", "bold"
+        )
         image = asyncio.create_task(self._build_image())
         try:
             sandbox = await self._start_sandbox()
@@ -80,6 +91,7 @@ class Story:
             explain_failure(self._screen, job, await client.log(str(job["id"]), "stderr"))
             return 1
         show_results(self._screen, job, paths)
+        self._screen.say(f"Time:      {time.monotonic() - self._started:.1f} s")
         return 0
 
     async def end(self, hurry: asyncio.Event) -> None:
@@ -169,11 +181,12 @@ class Story:
         self._screen.done(WEBHOOK, f"{image}, started by {job['trigger']}")
         for stage in JOB_STAGES:
             if stage in took:
-                self._screen.begin(stage)
+                self._screen.begin(stage, _EXPLAINED[stage])
                 self._screen.done(stage, f"exit code {job['exit_code']}" if stage == "running" else "", took[stage])
             elif stage == job["state"]:
-                self._screen.begin(stage)
-                self._screen.detail(stage, job.get("waiting_for") or _progress(job))
+                self._screen.begin(stage, _EXPLAINED[stage])
+                if detail := job.get("waiting_for") or _progress(job):
+                    self._screen.detail(stage, detail)
 
     async def _deliver(self, person: Person, outputs: list[Output]) -> dict[str, Path]:
         self._screen.begin(DELIVERED)
@@ -203,9 +216,9 @@ class Story:
     def say_how_to_see_more(self) -> None:
         """Say what a person may want to do next."""
         self._screen.say("\nTo see more:", "bold")
-        self._screen.say("  ovation-agent demo --keep       leaves everything up and prints its addresses")
-        self._screen.say("  docs/writing-images.md          an image of your own, tried with `ovation-agent try`")
-        self._screen.say('  README.md, "With a real Ovation"  what to set')
+        self._screen.say("  ovation-agent demo --keep  leaves everything up and prints its addresses")
+        self._screen.say("  docs/writing-images.md     images of your own, tried with `ovation-agent try`")
+        self._screen.say("  README.md                  the settings for a real Ovation")
 
     @property
     def _linked(self) -> Activity:

@@ -95,7 +95,7 @@ def make_application(
         return await choose(request.method, call)(call)
 
     application = web.Application(middlewares=[_answers, fault_middleware(faults, "store", _refuse)])
-    application.router.add_route("*", "/{path:.*}", handle)
+    application.router.add_route("*", "/{path:(?s:.*)}", handle)
     return application
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qsl, quote
+from urllib.parse import parse_qsl, quote, unquote_to_bytes
 
 from botocore.auth import S3SigV4Auth, S3SigV4QueryAuth
 from botocore.awsrequest import AWSRequest
@@ -105,20 +105,33 @@ def verify(
     """
     path, _, query = target.partition("?")
     presigned = "X-Amz-Signature=" in query
+    if "AWSAccessKeyId=" in query or headers.get("Authorization", "").startswith("AWS "):
+        message = "The authorization mechanism you have provided is not supported. Please use AWS4-HMAC-SHA256."
+        raise S3Error(400, "InvalidRequest", message)
     claim = _presigned_claim(query) if presigned else _header_claim(headers)
     credential = find(claim.access_key)
     if credential is None:
         message = "The AWS Access Key Id you provided does not exist in our records."
         raise S3Error(403, "InvalidAccessKeyId", message, fields={"AWSAccessKeyId": claim.access_key})
-    if presigned:
-        query = "&".join(part for part in query.split("&") if not part.startswith("X-Amz-Signature="))
-    signed = _recompute(method, f"{path}?{query}" if query else path, headers, claim, credential)
+    signed = _recompute(method, _canonical(path, query), headers, claim, credential)
     _check_times(claim, clock())
     if not hmac.compare_digest(claim.session_token.encode(), credential.session_token.encode()):
         raise S3Error(400, "InvalidToken", "The provided token is malformed or otherwise invalid.")
     if credential.expires_at is not None and credential.expires_at <= clock():
         raise S3Error(400, "ExpiredToken", "The provided token has expired.")
     return signed
+
+
+def _canonical(path: str, query: str) -> str:
+    """Return path and query with every character encoded the one way that signatures know, as S3 does first."""
+    pairs = [part.partition("=") for part in query.split("&") if part and not part.startswith("X-Amz-Signature=")]
+    encoded = [f"{_recoded(name, '-_.~')}={_recoded(value, '-_.~')}" for name, _, value in pairs]
+    recoded = _recoded(path, "/-_.~")
+    return f"{recoded}?{'&'.join(encoded)}" if encoded else recoded
+
+
+def _recoded(text: str, safe: str) -> str:
+    return quote(unquote_to_bytes(text), safe=safe)
 
 
 def presign(

@@ -27,8 +27,14 @@ class Evaluator:
     """Looks at due entities, several at once."""
 
     def __init__(
-        self, settings: Settings, watch_list: WatchList, ovation: Ovation, on_job: Callable[[], None] = lambda: None
+        self,
+        settings: Settings,
+        watch_list: WatchList,
+        ovation: Ovation,
+        holder: str,
+        on_job: Callable[[], None] = lambda: None,
     ) -> None:
+        self._holder = holder
         self._settings = settings
         self._watch_list = watch_list
         self._ovation = ovation
@@ -48,7 +54,7 @@ class Evaluator:
                 seconds = _IDLE_SECONDS
                 with contextlib.suppress(DatabaseError):  # the worker tells of it, once
                     free = _AT_ONCE - len(self._looks)
-                    for watched in await self._watch_list.claim(free, _LEASE_SECONDS) if free else []:
+                    for watched in await self._watch_list.claim(free, _LEASE_SECONDS, self._holder) if free else []:
                         self._begin(watched)
                     if len(self._looks) < _AT_ONCE:
                         seconds = await self._watch_list.seconds_to_next(_IDLE_SECONDS)

@@ -87,7 +87,7 @@ class Api:
 async def api(sandbox: Sandbox, token: str | None = None) -> AsyncIterator[Api]:
     """Open a caller of the API; the service account's without a token."""
     async with aiohttp.ClientSession() as http:
-        yield Api(http, sandbox.api_url, token or sandbox.service_token)
+        yield Api(http, sandbox.api_url, sandbox.service_token if token is None else token)
 
 
 @dataclass
@@ -163,9 +163,9 @@ class SandboxProcess:
             assert response.status < 300, await response.text()
             return await response.json() if response.content_length else None
 
-    async def admin(self, name: str, **arguments: Any) -> Any:
+    async def admin(self, helper: str, /, **arguments: Any) -> Any:
         """Call one of the admin's helpers."""
-        return (await self.control("POST", f"admin/{name}", arguments))["result"]
+        return (await self.control("POST", f"admin/{helper}", arguments))["result"]
 
 
 @asynccontextmanager

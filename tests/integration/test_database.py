@@ -107,11 +107,11 @@ async def test_a_server_that_is_away_is_named_without_its_password() -> None:
 async def test_a_hint_makes_an_entity_due_after_the_quiet_time(database: Database) -> None:
     watch_list = WatchList(database)
     await watch_list.hint([Hint("activity-1", "Activity", None)], settle_seconds=60)
-    assert await watch_list.claim(10, 30) == []
+    assert await watch_list.claim(10, 30, "tests") == []
     await watch_list.hint([Hint("activity-1", "Activity", 4)], settle_seconds=0)
-    [watched] = await watch_list.claim(10, 30)
+    [watched] = await watch_list.claim(10, 30, "tests")
     assert (watched.entity_id, watched.organization) == ("activity-1", 4)
-    assert await watch_list.claim(10, 30) == []
+    assert await watch_list.claim(10, 30, "tests") == []
     look = await watch_list.last_look("activity-1")
     assert look is not None
     assert len(look.deliveries) == 2
@@ -121,17 +121,17 @@ async def test_a_hint_during_a_look_is_not_lost(database: Database) -> None:
     watch_list = WatchList(database)
     hint = Hint("activity-1", "Activity", 0)
     await watch_list.hint([hint], settle_seconds=0)
-    [watched] = await watch_list.claim(10, 30)
+    [watched] = await watch_list.claim(10, 30, "tests")
     await watch_list.hint([hint], settle_seconds=0)
     await watch_list.judged(watched, reasons=("nothing new",))
-    assert [each.entity_id for each in await watch_list.claim(10, 30)] == ["activity-1"]
+    assert [each.entity_id for each in await watch_list.claim(10, 30, "tests")] == ["activity-1"]
 
 
 async def test_a_look_whose_lease_ran_out_changes_nothing(database: Database) -> None:
     watch_list = WatchList(database)
     await watch_list.hint([Hint("activity-1", "Activity", 0)], settle_seconds=0)
-    [late] = await watch_list.claim(10, lease_seconds=0)
-    [now] = await watch_list.claim(10, lease_seconds=30)
+    [late] = await watch_list.claim(10, 0, "tests")
+    [now] = await watch_list.claim(10, 30, "tests")
     await watch_list.judged(late, reasons=("from the past",))
     await watch_list.judged(now, reasons=("from now",))
     look = await watch_list.last_look("activity-1")
@@ -164,12 +164,12 @@ async def test_runs_of_an_activity_are_numbered(database: Database) -> None:
 async def test_the_end_of_a_run_has_its_activity_looked_at_again(database: Database) -> None:
     watch_list, jobs = WatchList(database), Jobs(database)
     await watch_list.hint([Hint("activity-1", "Activity", 0)], settle_seconds=0)
-    [watched] = await watch_list.claim(1, 30)
+    [watched] = await watch_list.claim(1, 30, "tests")
     await watch_list.start(activity(), PLAN, "webhook")
     await watch_list.judged(watched)
-    assert await watch_list.claim(1, 30) == []
+    assert await watch_list.claim(1, 30, "tests") == []
     await walk_to_the_end(jobs)
-    assert [each.entity_id for each in await watch_list.claim(1, 30)] == ["activity-1"]
+    assert [each.entity_id for each in await watch_list.claim(1, 30, "tests")] == ["activity-1"]
 
 
 async def test_a_job_is_held_by_one(database: Database) -> None:
@@ -201,6 +201,20 @@ async def test_a_worker_that_slept_past_its_lease_changes_nothing(database: Data
     assert found is not None
     assert (found.state, found.folder_id, dict(found.progress)) == (State.QUEUED, None, {})
     await jobs.move(now, decide(now.job, Done(), datetime.now(UTC), Limits()))
+
+
+async def test_an_agent_that_comes_back_takes_its_work_up_at_once(database: Database) -> None:
+    jobs, watch_list = Jobs(database), WatchList(database)
+    await watch_list.start(activity(), PLAN, "webhook")
+    await watch_list.hint([Hint("activity-2", "Activity", 0)], settle_seconds=0)
+    dead = (await jobs.claim(LIVE, 1, 3600, "this host"))[0]
+    await watch_list.claim(1, 3600, "this host")
+    await jobs.expire_leases("another host")
+    assert await jobs.claim(LIVE, 1, 30, "this host") == []
+    await jobs.expire_leases("this host")
+    [again] = await jobs.claim(LIVE, 1, 30, "this host")
+    assert (again.job.id, again.job.attempt) == (dead.job.id, 1)
+    assert len(await watch_list.claim(1, 30, "this host")) == 1
 
 
 async def test_a_job_that_is_given_back_has_lost_no_attempt(database: Database) -> None:

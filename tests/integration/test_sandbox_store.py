@@ -89,7 +89,7 @@ async def test_any_key_is_a_key_and_never_a_path(s3: Caller, sandbox: Sandbox, t
     await s3("put_object", Key=key, Body=b"content")
     assert (await s3("get_object", Key=key))["Body"] == b"content"
     assert [one["Key"] for one in (await s3("list_objects_v2"))["Contents"]] == [key]
-    assert {one.name for one in tmp_path.iterdir()} == {"sandbox"}
+    assert os.listdir(tmp_path) == ["sandbox"]  # noqa: PTH208 - a short look, and nothing else runs
     assert sandbox.store.stat(BUCKET, key) is not None
 
 
@@ -234,7 +234,8 @@ async def test_lists_are_paged_and_folded_like_those_of_s3(s3: Caller) -> None:
         await s3("put_object", Key=key, Body=b"x")
 
     async def listed(**options: Any) -> list[tuple[list[str], list[str]]]:
-        pages, more = [], {}
+        pages: list[tuple[list[str], list[str]]] = []
+        more: dict[str, str] = {}
         while True:
             page = await s3("list_objects_v2", **options, **more)
             contents = [one["Key"] for one in page.get("Contents", [])]
@@ -271,7 +272,7 @@ async def test_writers_at_the_same_time_each_write_whole_objects(s3: Caller) -> 
     assert len({one["ETag"] for one in reads}) == 1
 
 
-async def test_a_reader_keeps_the_object_that_it_began_with(s3: Caller, sandbox: Sandbox, tmp_path: Path) -> None:
+async def test_a_reader_keeps_the_object_that_it_began_with(s3: Caller, sandbox: Sandbox) -> None:
     body = os.urandom(30_000_000)
     await s3("put_object", Key="k", Body=body)
 

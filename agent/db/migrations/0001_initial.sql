@@ -20,6 +20,7 @@ CREATE TABLE watched (
     generation   bigint      NOT NULL DEFAULT 1,
     lease_token  bigint      NOT NULL DEFAULT 0,
     lease_until  timestamptz,
+    lease_holder text,
     attempt      integer     NOT NULL DEFAULT 0,
     judged_at    timestamptz,
     reasons      text[]      NOT NULL DEFAULT '{}'

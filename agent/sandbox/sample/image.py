@@ -65,6 +65,18 @@ def ensure(cache: Path, say: Callable[[str], None]) -> Path:
     return image
 
 
+def container_program() -> str:
+    """Return the path of Apptainer, or of Singularity.
+
+    Raises:
+        SampleError: neither is on PATH.
+    """
+    program = shutil.which("apptainer") or shutil.which("singularity")
+    if program is None:
+        raise SampleError("neither apptainer nor singularity is on PATH: `make setup` installs Apptainer")
+    return program
+
+
 def clean(cache: Path) -> None:
     """Remove what builders that are no longer alive have left in `cache`."""
     for directory in cache.glob(f"{_BUILD_PREFIX}*"):
@@ -117,9 +129,7 @@ def _working_directory(cache: Path) -> Iterator[Path]:
 
 
 def _pack(root: Path, image: Path, work: Path) -> None:
-    program = shutil.which("apptainer") or shutil.which("singularity")
-    if program is None:
-        raise SampleError("neither apptainer nor singularity is on PATH: `make setup` installs Apptainer")
+    program = container_program()
     environment = {
         "PATH": os.environ.get("PATH", os.defpath),
         "HOME": str(work),
