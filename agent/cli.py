@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import io
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -20,6 +20,7 @@ _EXIT_CODES = """
 Exit codes: 0 done; 1 it failed, the reason is on standard error; 2 the command line or the configuration is wrong;
 130 interrupted. `try` passes the container's own exit code on.
 """
+_INTERRUPTED = 130
 
 
 class _Commands(click.Group):
@@ -28,16 +29,23 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         from agent.errors import AgentError, ConfigurationError
 
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to end
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except ConfigurationError as error:
             self._end(error, 2)
         except AgentError as error:
             self._end(error, 1)
+        except KeyboardInterrupt:
+            sys.exit(_INTERRUPTED)
 
     def _end(self, error: Exception, code: int) -> None:
+        from agent.logs import printable, redact
+
         for line in str(error).splitlines():
-            click.echo(f"ovation-agent: {line}", err=True)
+            click.echo(f"ovation-agent: {printable(redact(line))}", err=True)
         sys.exit(code)
 
 
@@ -96,6 +104,7 @@ def doctor(config: Path | None) -> None:
     """Check the machine and the settings; each trouble comes with its remedy."""
     from agent import app
     from agent.doctor import examine
+    from agent.logs import printable, redact
 
     settings = _settings(config)
 
@@ -104,7 +113,7 @@ def doctor(config: Path | None) -> None:
         async for finding in examine(settings, app.executor_for(settings)):
             good &= finding.good
             mark = click.style("ok  ", fg="green") if finding.good else click.style("FAIL", fg="red", bold=True)
-            click.echo(f"{mark} {finding.check}: {finding.found}")
+            click.echo(f"{mark} {finding.check}: {printable(redact(finding.found))}")
             if not finding.good:
                 click.echo(f"     → {finding.remedy}")
         return good
@@ -123,7 +132,7 @@ def jobs(config: Path | None, activity: str | None, state: str | None, limit: in
     from agent import console
 
     query = {"limit": str(limit), "activity_id": activity, "state": state}
-    answer = _ask(config, lambda client: client.get("/api/jobs", **query))
+    answer = _ask(config, lambda client: client.get("api", "jobs", **query))
     console.show_jobs(answer["jobs"], as_json=as_json)
 
 
@@ -135,8 +144,10 @@ def show(config: Path | None, job: str, *, as_json: bool) -> None:
     """Tell one job's story: every move with its time, and what it waits for."""
     from agent import console
 
-    found = _ask(config, lambda client: client.get(f"/api/jobs/{job}"))
-    events = _ask(config, lambda client: client.get(f"/api/jobs/{job}/events"))
+    async def work(client: Client) -> tuple[Any, Any]:
+        return await client.get("api", "jobs", job), await client.get("api", "jobs", job, "events")
+
+    found, events = _ask(config, work)
     console.show_job(found, events["events"], as_json=as_json)
 
 
@@ -148,7 +159,7 @@ def why(config: Path | None, activity: str, *, as_json: bool) -> None:
     """Say why an Activity was run, or why not."""
     from agent import console
 
-    console.show_activity(_ask(config, lambda client: client.get(f"/api/activities/{activity}")), as_json=as_json)
+    console.show_activity(_ask(config, lambda client: client.get("api", "activities", activity)), as_json=as_json)
 
 
 @main.command("logs")
@@ -158,12 +169,11 @@ def why(config: Path | None, activity: str, *, as_json: bool) -> None:
 @click.pass_obj
 def logs_(config: Path | None, job: str, *, follow: bool, stream: str | None) -> None:
     """Print what a job's container wrote."""
-    path = f"/api/jobs/{job}/logs/{stream or 'stdout'}"
+    from agent.console import show_log
 
     async def work(client: Client) -> None:
-        async for piece in client.stream(path, follow="1" if follow else "0"):
-            sys.stdout.buffer.write(piece)
-            sys.stdout.buffer.flush()
+        path = ("api", "jobs", job, "logs", stream or "stdout")
+        await show_log(client.stream(*path, follow="1" if follow else "0"))
 
     _ask(config, work)
 
@@ -173,7 +183,7 @@ def logs_(config: Path | None, job: str, *, follow: bool, stream: str | None) ->
 @click.pass_obj
 def cancel(config: Path | None, job: str) -> None:
     """End a job; its logs and what it wrote so far are still delivered."""
-    found = _ask(config, lambda client: client.post(f"/api/jobs/{job}/cancel"))
+    found = _ask(config, lambda client: client.post("api", "jobs", job, "cancel"))
     click.echo(f"asked: the job is {found['state']}")
 
 
@@ -182,7 +192,7 @@ def cancel(config: Path | None, job: str) -> None:
 @click.pass_obj
 def rerun(config: Path | None, job: str) -> None:
     """Run a job's Activity again, as it stands in Ovation now."""
-    click.echo(_ask(config, lambda client: client.post(f"/api/jobs/{job}/rerun"))["id"])
+    click.echo(_ask(config, lambda client: client.post("api", "jobs", job, "rerun"))["id"])
 
 
 @main.command("try")
@@ -221,6 +231,7 @@ def _settings(config: Path | None, *, log: bool = False) -> Settings:
     from agent.settings import Settings
 
     settings = Settings.load(config)
+    logs.hide(settings.secrets())
     logs.configure(settings.agent.log_format, settings.agent.log_level if log else "warning")
     return settings
 
@@ -236,7 +247,9 @@ def _ask(config: Path | None, question: Any) -> Any:
 
 
 def _run(work: Coroutine[Any, Any, Any]) -> Any:
+    import asyncio
+
     try:
         return asyncio.run(work)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)

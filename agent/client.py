@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 import aiohttp
+from aiohttp.connector import AddrInfoType
 
 from agent.app import ADDRESS_FILE, ADMIN_TOKEN_FILE
 from agent.errors import AgentError, ConfigurationError
@@ -29,6 +32,7 @@ class Client:
             base_url=address,
             headers={"Authorization": f"Bearer {token}"},
             timeout=aiohttp.ClientTimeout(total=None, connect=10, sock_read=60),
+            connector=aiohttp.TCPConnector(socket_factory=_kept_alive),
         )
 
     @classmethod
@@ -37,20 +41,24 @@ class Client:
 
         Raises:
             ConfigurationError: its admin token is not to be had.
+            AgentRefused: the agent of this data directory does not run.
         """
         data_dir = Path(settings.agent.data_dir)
-        address = f"http://{settings.agent.host}:{settings.agent.port}"
-        with contextlib.suppress(OSError, ValueError, KeyError):  # another host's agent: the settings say where
-            address = json.loads((data_dir / ADDRESS_FILE).read_text())["address"]
+        host = settings.agent.host
+        address = f"http://{f'[{host}]' if ':' in host else host}:{settings.agent.port}"
+        running = _running(data_dir / ADDRESS_FILE)
         if settings.agent.admin_token is not None:
-            return cls(address, settings.agent.admin_token.get_secret_value())
+            return cls(running or address, settings.agent.admin_token.get_secret_value())
         try:
-            return cls(address, (data_dir / ADMIN_TOKEN_FILE).read_text().strip())
+            token = (data_dir / ADMIN_TOKEN_FILE).read_text().strip()
         except OSError as error:
             raise ConfigurationError(
                 f"no admin token: {data_dir / ADMIN_TOKEN_FILE}: {error.strerror}; run this where the agent runs,"
                 " with its AGENT_DATA_DIR, or set AGENT_ADMIN_TOKEN"
             ) from None
+        if running is None:  # whoever listens there now is not to see the token
+            raise AgentRefused(f"the agent of {data_dir} is not running: start it with `ovation-agent serve`")
+        return cls(running, token)
 
     async def __aenter__(self) -> Self:
         return self
@@ -60,45 +68,71 @@ class Client:
     ) -> None:
         await self._http.close()
 
-    async def get(self, path: str, **query: str | None) -> Any:
+    async def get(self, *path: str, **query: str | None) -> Any:
         """Read JSON."""
         return await self._json("GET", path, query)
 
-    async def post(self, path: str) -> Any:
+    async def post(self, *path: str) -> Any:
         """Ask for something to be done."""
         return await self._json("POST", path, {})
 
-    async def stream(self, path: str, **query: str | None) -> AsyncIterator[bytes]:
-        """Read bytes as they come."""
+    async def stream(self, *path: str, **query: str | None) -> AsyncIterator[bytes]:
+        """Read bytes as they come; a container may be silent for hours."""
+        silent = aiohttp.ClientTimeout(total=None, connect=10, sock_read=None)
         try:
-            async with self._http.get(path, params=_given(query)) as response:
-                await _check(response)
+            async with self._http.get(_path(path), params=_given(query), timeout=silent) as response:
+                await self._check(response)
                 async for piece in response.content.iter_any():
                     yield piece
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise self._away(error) from None
 
-    async def _json(self, method: str, path: str, query: dict[str, str | None]) -> Any:
+    async def _json(self, method: str, path: tuple[str, ...], query: dict[str, str | None]) -> Any:
         try:
-            async with self._http.request(method, path, params=_given(query)) as response:
-                await _check(response)
+            async with self._http.request(method, _path(path), params=_given(query), allow_redirects=False) as response:
+                await self._check(response)
                 return await response.json()
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             raise self._away(error) from None
+
+    async def _check(self, response: aiohttp.ClientResponse) -> None:
+        if response.ok:
+            return
+        try:
+            detail = str((await response.json())["errors"]["detail"])
+        except (ValueError, KeyError, TypeError, aiohttp.ClientError):
+            detail = f"{self._address} answers {response.status} {response.reason}: is it an agent?"
+        if response.status == 401:  # noqa: PLR2004 HTTP's own number
+            detail += f": {self._address} does not take this one; AGENT_ADMIN_TOKEN must be the agent's"
+        raise AgentRefused(detail)
 
     def _away(self, error: Exception) -> AgentRefused:
         return AgentRefused(f"no agent answers at {self._address} ({type(error).__name__}): is it running?")
 
 
+def _running(file: Path) -> str | None:
+    """Return where the agent that wrote the file listens, while its process lives."""
+    try:
+        written = json.loads(file.read_text())
+        os.kill(int(written["pid"]), 0)
+        return str(written["address"])
+    except PermissionError:  # it lives, as another user
+        return str(written["address"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return None
+
+
+def _kept_alive(address: AddrInfoType) -> socket.socket:
+    """Make a socket that notices when the other machine is gone, however silent the agent is."""
+    made = socket.socket(*address[:3])
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+    return made
+
+
+def _path(parts: tuple[str, ...]) -> str:
+    return "/" + "/".join(quote(part, safe="") for part in parts)
+
+
 def _given(query: dict[str, str | None]) -> dict[str, str]:
     return {name: value for name, value in query.items() if value is not None}
-
-
-async def _check(response: aiohttp.ClientResponse) -> None:
-    if response.ok:
-        return
-    try:
-        detail = (await response.json())["errors"]["detail"]
-    except (ValueError, KeyError, TypeError, aiohttp.ClientError):
-        detail = f"{response.status} {response.reason}"
-    raise AgentRefused(str(detail))

@@ -53,6 +53,8 @@ async def examine(settings: Settings, executor: Executor) -> AsyncIterator[Findi
             yield Finding(name, good=True, found=await check())
         except AgentError as error:
             yield Finding(name, good=False, found=str(error), remedy=remedy)
+        except OSError as error:
+            yield Finding(name, good=False, found=f"{error.strerror}: {error.filename}", remedy=remedy)
 
 
 async def _webhooks(settings: Settings) -> str:

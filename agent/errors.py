@@ -9,7 +9,7 @@
     │   └── OvationNotFound         no such entity, or not for this token                    (permanent)
     ├── StorageError            the object store, or the server behind a remote Revision
     │   ├── StorageUnavailable      away, slow, or broken off                                (transient)
-    │   ├── StorageMismatch         the bytes that arrived are not the ones promised         (transient, counted)
+    │   ├── StorageMismatch         the bytes cannot be had as promised                      (transient, counted)
     │   └── StorageRefused          credentials or address refused                           (permanent)
     └── ExecutorError           Apptainer, or the machine that it runs on
         ├── ExecutorUnavailable     the machine cannot start containers now                  (transient)
@@ -45,9 +45,25 @@ class OvationError(AgentError):
 
 
 class OvationUnavailable(OvationError):
-    """Ovation is away, overloaded, or answers with a fault of its own."""
+    """Ovation is away, overloaded, or answers with a fault of its own.
+
+    `retry_after_seconds` is how long it asks to be left alone; `not_done` says that the request was certainly not
+    carried out, so that even what must not happen twice may be asked for again.
+    """
 
     transient = True
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        retry_after_seconds: float | None = None,
+        not_done: bool = False,
+    ) -> None:
+        super().__init__(message, status=status)
+        self.retry_after_seconds = retry_after_seconds
+        self.not_done = not_done
 
 
 class OvationRefused(OvationError):
@@ -69,7 +85,11 @@ class StorageUnavailable(StorageError):
 
 
 class StorageMismatch(StorageError):
-    """The bytes that arrived are not the ones promised: another try may help, endless tries will not."""
+    """The bytes cannot be had as promised: another try may help, endless tries will not.
+
+    They are not the ones promised, their address has expired, or a stranger's server is away: unlike Ovation's own
+    object store it may never come back, so its absence is counted and not waited out.
+    """
 
     transient = True
 

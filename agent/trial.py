@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 from typing import BinaryIO
@@ -24,7 +24,7 @@ from agent.adapters.executor import Ended, Ending, RunRequest
 from agent.adapters.local import LocalExecutor, LocalSettings
 from agent.domain.container import Network, User, judge
 from agent.domain.job import FaultClass, Verdict
-from agent.errors import ExecutorError
+from agent.errors import ExecutorError, ImageError
 
 DEFAULT_OUTPUTS = Path("outputs")
 DEFAULT_TIME_LIMIT_SECONDS = 86_400.0
@@ -80,7 +80,7 @@ async def try_image(
         with ExitStack() as cleanup:
             request = _request(image, inputs, related, outputs, time_limit_seconds, network, cleanup, force=force)
             executor = LocalExecutor(_as_caller(settings or LocalSettings()))
-            report.unreadable(request, executor.user)
+            report.out_of_reach(request, executor.user)
             facts = await executor.inspect(request.image)
             cleanup.enter_context(_returned_to_caller(request.outputs, executor.user))
             report.line(f"running {image.name} with {facts.runtime}")
@@ -89,6 +89,9 @@ async def try_image(
     except UsageError as error:
         report.line(f"error: {error}")
         return ExitCode.USAGE
+    except ImageError as error:
+        report.line(f"error: {image}: {error}")
+        return ExitCode.NOT_RUN
     except ExecutorError as error:
         report.line(f"error: {error}")
         return ExitCode.NOT_RUN
@@ -109,10 +112,12 @@ class _Report:
             self._stream.write(f"[try] {printable}\n".encode(errors="replace"))
             self._stream.flush()
 
-    def unreadable(self, request: RunRequest, user: User | None) -> None:
-        """Warn of what the container will not be able to read because it runs as another user."""
+    def out_of_reach(self, request: RunRequest, user: User | None) -> None:
+        """Warn of what the container cannot read, or write over, because it runs as another user."""
         if user is None:
             return
+        if any(path.lstat().st_uid != user.uid for path in request.outputs.iterdir()):
+            self.line(f"warning: the container runs as user {user.uid} and cannot write over what is in the outputs")
         for directory in (request.inputs, request.related):
             hidden = [path for path in _some_of(directory) if not _may_read(path, user)]
             if hidden:
@@ -213,7 +218,7 @@ def _empty_directory(outputs: Path, shown: Sequence[Path], *, force: bool) -> Pa
     for directory in shown:
         if target == directory or target in directory.parents:
             raise UsageError(
-                f"--outputs {outputs} contains {directory}, which the container must not write. Choose another directory."
+                f"--outputs {outputs} contains {directory}, which the container must not write. Choose another."
             )
     try:
         target.mkdir(parents=True, exist_ok=True)

@@ -99,27 +99,28 @@ async def version(program: Path) -> str:
 async def inspect(program: Path, image: Path, user: User | None) -> ImageFacts:
     """Read an image's labels and default command. Nothing in the image runs with the rights of the host's root.
 
+    What is raised does not name the image: whoever asked knows the name that people know.
+
     Raises:
         ImageError: not an image, truncated, or without a default command.
         ExecutorUnavailable: Apptainer does not start.
     """
     wrong = await asyncio.to_thread(_file_complaint, image)
     if wrong:
-        raise ImageError(f"{image.name}: {wrong}")
+        raise ImageError(wrong)
     runtime = await version(program)
     answer = await ask(program, ["-s", "inspect", "--all", str(image)], user=user)
     if answer.exit_code != 0:
         if "not recognized" in answer.stderr:
             raise ImageError(
-                f"{image.name} is not an image that Apptainer knows (a SIF file, or a squashfs or ext3 .simg/.img)."
+                "This is not an image that Apptainer knows (a SIF file, or a squashfs or ext3 .simg/.img)."
             )
-        raise ImageError(f"{image.name} cannot be read as an image. Apptainer said: {answer.complaint}")
-    attributes = _attributes(answer.stdout, image)
+        raise ImageError(f"The image cannot be read. Apptainer said: {answer.complaint}")
+    attributes = _attributes(answer.stdout)
     runscript = str(attributes.get("runscript") or "")
     if not runscript.strip() or _NO_RUNSCRIPT in runscript:
         raise ImageError(
-            f"{image.name} has no default command, so there is nothing to run. Give the image a %runscript and build "
-            "it again."
+            "The image has no default command, so there is nothing to run. Give it a %runscript and build it again."
         )
     labels = attributes.get("labels") or {}
     return ImageFacts(
@@ -187,11 +188,11 @@ def _file_complaint(image: Path) -> str | None:
         return "The agent may not read this file."
 
 
-def _attributes(document: str, image: Path) -> dict[str, Any]:
+def _attributes(document: str) -> dict[str, Any]:
     try:
         attributes: dict[str, Any] = json.loads(document)["data"]["attributes"]
     except (ValueError, KeyError, TypeError):
-        raise ImageError(f"{image.name}: Apptainer's description of it cannot be read.") from None
+        raise ImageError("Apptainer's description of the image cannot be read.") from None
     return attributes
 
 

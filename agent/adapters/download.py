@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import ipaddress
 import os
 import re
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +13,18 @@ from types import TracebackType
 from typing import Self
 
 import aiohttp
-from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from agent.errors import StorageMismatch, StorageRefused, StorageUnavailable
+from agent import __version__
+from agent.adapters.remote import RemoteGuard
+from agent.errors import StorageError, StorageMismatch, StorageRefused, StorageUnavailable
 
 _CHUNK_BYTES = 1 << 20
 _STALL_SECONDS = 60.0  # no byte for so long: cut; a slow link is not a stall
+_CONNECT_SECONDS = 20.0
 _MAX_REDIRECTS = 5
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_SENDABLE = re.compile(r"[!-~]+")
 _PLAIN_MD5 = re.compile(r'"?([0-9a-f]{32})"?')
 
 
@@ -34,52 +36,27 @@ class Fetched:
     sha256: str
 
 
-class _GuardedResolver(AbstractResolver):
-    """Refuses addresses inside the site: a remote Revision may name any host, and DNS may say anything of it."""
-
-    def __init__(self, allowed: Sequence[str]) -> None:
-        self._inner = aiohttp.resolver.DefaultResolver()
-        self._allowed = {host.lower() for host in allowed}
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[ResolveResult]:
-        """Resolve `host`, leaving out what may not be reached."""
-        found = await self._inner.resolve(host, port, family)
-        if host.lower() in self._allowed:
-            return found
-        for result in found:
-            refuse_inside(host, result["host"])
-        return found
-
-    async def close(self) -> None:
-        """Close the resolver."""
-        await self._inner.close()
-
-
-def refuse_inside(host: str, address: str) -> None:
-    """Raise `StorageRefused` when `address` is loopback, link-local, private or otherwise not on the open internet."""
-    number = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(number, ipaddress.IPv6Address) and number.ipv4_mapped:
-        number = number.ipv4_mapped
-    if not number.is_global or number.is_multicast:
-        raise StorageRefused(
-            f"the remote file's host {host} is inside this network; an operator may allow it with AGENT_REMOTE_HOSTS"
-        )
-
-
 class Downloader:
-    """Fetches from the object store, and from strangers' servers with more caution."""
+    """Fetches from the object store, and from strangers' servers with more caution.
+
+    How many transfers there are at once is the callers' business: waiting here for a connection would look like an
+    outage.
+    """
 
     def __init__(self, remote_hosts: Sequence[str] = (), stall_seconds: float = _STALL_SECONDS) -> None:
-        timeout = aiohttp.ClientTimeout(total=None, connect=20, sock_read=stall_seconds)
-        self._remote_hosts = {host.lower() for host in remote_hosts}
-        self._store = aiohttp.ClientSession(
-            timeout=timeout, auto_decompress=False, connector=aiohttp.TCPConnector(limit=16)
-        )
-        guarded = aiohttp.TCPConnector(limit=16, resolver=_GuardedResolver(remote_hosts))
-        self._remote = aiohttp.ClientSession(
-            timeout=timeout, auto_decompress=False, connector=guarded, cookie_jar=aiohttp.DummyCookieJar()
+        self._stall_seconds = stall_seconds
+        self._guard = RemoteGuard(remote_hosts)
+        self._store = self._session(aiohttp.TCPConnector(limit=0))
+        self._remote = self._session(aiohttp.TCPConnector(limit=0, resolver=self._guard, force_close=True))
+
+    def _session(self, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=None, connect=_CONNECT_SECONDS, sock_read=self._stall_seconds),
+            headers={"Accept-Encoding": "identity", "User-Agent": f"ovation-agent/{__version__}"},
+            # Where a server compresses all the same, the bytes are kept as sent: those are what it vouches for.
+            auto_decompress=False,
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
         )
 
     async def __aenter__(self) -> Self:
@@ -94,7 +71,7 @@ class Downloader:
     async def fetch(
         self, url: str, path: Path, *, remote: bool, name: str, progress: Callable[[int], None] = lambda _: None
     ) -> Fetched:
-        """Fetch `url` to `path` by way of `<path>.part`, verified and renamed.
+        """Fetch `url` to `path` by way of a `.part` file, verified and renamed; after a failure there is neither.
 
         Args:
             url: presigned, or a stranger's; carries no Ovation token and is never logged.
@@ -104,78 +81,85 @@ class Downloader:
             progress: told the number of bytes of each piece as it arrives.
 
         Raises:
-            StorageUnavailable: the server is away or broke off; try again.
-            StorageMismatch: the bytes did not arrive whole, or are not the ones that the store says it has.
+            StorageUnavailable: the object store is away or broke off; try again.
+            StorageMismatch: the bytes did not arrive whole, are not the ones that the store says it has, or a
+                stranger's server is away.
             StorageRefused: the server refuses, or the address may not be read.
+            OSError: this machine's disk refuses.
         """
+        away = StorageMismatch if remote else StorageUnavailable
         try:
-            return await self._fetch(url, path, remote=remote, name=name, progress=progress)
+            return await self._fetch(url, path, remote=remote, progress=progress)
+        except StorageError as error:
+            raise type(error)(f"{name}: {error}") from None
+        except aiohttp.ConnectionTimeoutError:
+            raise away(f"{name}: no connection to its server within {_CONNECT_SECONDS:.0f} s") from None
         except TimeoutError:
-            raise StorageUnavailable(f"{name}: no byte arrived for {self._stall(remote):.0f} s") from None
+            raise away(f"{name}: no byte arrived for {self._stall_seconds:g} s") from None
         except aiohttp.InvalidURL:
             raise StorageRefused(f"{name}: its address is not one that can be read") from None
+        except aiohttp.ClientConnectorError as error:
+            reason = error.os_error.strerror or type(error).__name__
+            raise away(f"{name}: its server cannot be reached ({reason})") from None
         except (aiohttp.ClientError, ConnectionError) as error:
-            raise StorageUnavailable(f"{name}: the transfer broke off ({type(error).__name__})") from None
+            raise away(f"{name}: the transfer broke off ({type(error).__name__})") from None
 
-    def _stall(self, remote: bool) -> float:
+    async def _fetch(self, url: str, path: Path, *, remote: bool, progress: Callable[[int], None]) -> Fetched:
+        address = _address(url)
         session = self._remote if remote else self._store
-        return session.timeout.sock_read or 0.0
-
-    async def _fetch(
-        self, url: str, path: Path, *, remote: bool, name: str, progress: Callable[[int], None]
-    ) -> Fetched:
-        address = URL(url, encoded=True)
-        for _ in range(_MAX_REDIRECTS):
+        for _ in range(_MAX_REDIRECTS + 1):
             if remote:
-                self._check_remote(address)
-            session = self._remote if remote else self._store
-            async with session.get(address, allow_redirects=False, headers={"Accept-Encoding": "identity"}) as response:
-                if response.status in {301, 302, 303, 307, 308} and remote:
-                    address = address.join(URL(response.headers.get("Location", ""), encoded=True))
+                self._guard.check(address)
+            async with session.get(address, allow_redirects=False) as response:
+                if response.status in _REDIRECTS and remote:
+                    address = address.join(_address(response.headers.get("Location", "")))
                     continue
-                _check_status(response.status, name)
-                return await _save(response, path, name, progress)
-        raise StorageRefused(f"{name}: too many redirects")
-
-    def _check_remote(self, address: URL) -> None:
-        if address.scheme not in {"http", "https"} or address.host is None:
-            raise StorageRefused("a remote file's address must begin with http:// or https://")
-        host = address.host.lower()
-        if host in self._remote_hosts:
-            return
-        try:
-            ipaddress.ip_address(host.partition("%")[0])
-        except ValueError:
-            return  # a name: the resolver looks at what it stands for
-        refuse_inside(host, host)
+                _check_status(response.status, remote=remote)
+                return await _save(response, path, progress, vouched=not remote)
+        raise StorageRefused(f"more than {_MAX_REDIRECTS} redirects")
 
 
-def _check_status(status: int, name: str) -> None:
+def _address(url: str) -> URL:
+    """Return a presigned address as it was signed; what no request line can hold is quoted."""
+    try:
+        return URL(url, encoded=_SENDABLE.fullmatch(url) is not None)
+    except ValueError:
+        raise StorageRefused("its address is not one that can be read") from None
+
+
+def _check_status(status: int, *, remote: bool) -> None:
     if status == 200:  # noqa: PLR2004 HTTP's own number
         return
-    if status >= 500 or status in {408, 429}:  # noqa: PLR2004 HTTP's own number
-        raise StorageUnavailable(f"{name}: the object store answers {status}")
-    if status == 403:  # noqa: PLR2004 an address that expired: the next try has a fresh one
-        raise StorageMismatch(f"{name}: the object store answers {status}")
-    raise StorageRefused(f"{name}: its bytes are not there (the object store answers {status})")
+    whose = "its server" if remote else "the object store"
+    if status >= 500 or status in {408, 425, 429}:  # noqa: PLR2004 HTTP's own number
+        raise (StorageMismatch if remote else StorageUnavailable)(f"{whose} answers {status}")
+    if status == 403 and not remote:  # noqa: PLR2004 an address that expired: the next try has a fresh one
+        raise StorageMismatch(f"{whose} answers {status}")
+    raise StorageRefused(f"its bytes are not there ({whose} answers {status})")
 
 
-async def _save(response: aiohttp.ClientResponse, path: Path, name: str, progress: Callable[[int], None]) -> Fetched:
+async def _save(
+    response: aiohttp.ClientResponse, path: Path, progress: Callable[[int], None], *, vouched: bool
+) -> Fetched:
     part = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}.part")
     sha256, md5, size = hashlib.sha256(), hashlib.md5(usedforsecurity=False), 0
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    part.unlink(missing_ok=True)
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
-            _write(descriptor, chunk)
-            sha256.update(chunk)
-            md5.update(chunk)
-            size += len(chunk)
-            progress(len(chunk))
-        _verify(response, name, size, md5.hexdigest())
-        await asyncio.to_thread(os.fsync, descriptor)
-    finally:
-        os.close(descriptor)
-    await asyncio.to_thread(_put_in_place, part, path)
+        try:
+            async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
+                _write(descriptor, chunk)
+                sha256.update(chunk)
+                md5.update(chunk)
+                size += len(chunk)
+                progress(len(chunk))
+        finally:
+            os.close(descriptor)
+        _verify(response, size, md5.hexdigest() if vouched else None)
+        await asyncio.to_thread(_put_in_place, part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     return Fetched(size=size, sha256=sha256.hexdigest())
 
 
@@ -185,20 +169,26 @@ def _write(descriptor: int, chunk: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def _verify(response: aiohttp.ClientResponse, name: str, size: int, md5: str) -> None:
+def _verify(response: aiohttp.ClientResponse, size: int, md5: str | None) -> None:
+    """Compare with what the server says; a stranger's ETag may be anything, so it says nothing."""
     promised = response.headers.get("Content-Length")
     if promised is not None and int(promised) != size:
-        raise StorageMismatch(f"{name}: {size} of {promised} bytes arrived")
+        raise StorageMismatch(f"{size} of {promised} bytes arrived")
     etag = _PLAIN_MD5.fullmatch(response.headers.get("ETag", ""))
     encrypted_with_a_key = response.headers.get("x-amz-server-side-encryption", "AES256") != "AES256"
-    if etag and not encrypted_with_a_key and etag[1] != md5:
-        raise StorageMismatch(f"{name}: the bytes that arrived have MD5 {md5}, the store says {etag[1]}")
+    if md5 and etag and not encrypted_with_a_key and etag[1] != md5:
+        raise StorageMismatch(f"the bytes that arrived have MD5 {md5}, the object store says {etag[1]}")
 
 
 def _put_in_place(part: Path, path: Path) -> None:
+    _sync(part, os.O_RDONLY | os.O_NOFOLLOW)
     part.rename(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)

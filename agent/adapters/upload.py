@@ -18,14 +18,38 @@ from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession, get_session
 
 from agent.adapters.ovation import Credentials
-from agent.errors import StorageRefused, StorageUnavailable
+from agent.errors import StorageMismatch, StorageRefused, StorageUnavailable
 from agent.settings import AwsSettings
 
 _SINGLE_MAX_BYTES = 16 << 20
 _PART_MIN_BYTES = 16 << 20
 _MAX_PARTS = 10_000
-_EXPIRED = frozenset({"ExpiredToken", "RequestExpired", "InvalidAccessKeyId", "InvalidToken"})
-_TRANSIENT = frozenset({"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "BadDigest"})
+_ABORT_SECONDS = 10.0
+_EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"})
+_TRANSIENT = frozenset(
+    {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "BadDigest", "XAmzContentChecksumMismatch"}
+)
+_HINTS = {
+    "InvalidAccessKeyId": "is AWS_ENDPOINT_URL_S3 the store that Ovation uses?",
+    "InvalidToken": "is AWS_ENDPOINT_URL_S3 the store that Ovation uses?",
+    "NoSuchBucket": "is AWS_ENDPOINT_URL_S3 the store that Ovation uses?",
+    "SignatureDoesNotMatch": "does something on the way change requests?",
+    "RequestTimeTooSkewed": "is this machine's clock right?",
+    "AuthorizationHeaderMalformed": "is AWS_DEFAULT_REGION the bucket's?",
+    "PermanentRedirect": "is AWS_DEFAULT_REGION the bucket's?",
+}
+_AWAY = (
+    botocore.exceptions.HTTPClientError,
+    botocore.exceptions.ConnectionError,
+    botocore.exceptions.ResponseStreamingError,
+    TimeoutError,
+    ConnectionError,
+)
+
+
+def part_bytes(size: int) -> int:
+    """Return how long the parts of an object of `size` bytes are: at least S3's least, and at most 10,000 of them."""
+    return max(_PART_MIN_BYTES, math.ceil(size / _MAX_PARTS))
 
 
 def content_type(name: str) -> str:
@@ -38,7 +62,9 @@ class Uploader:
 
     def __init__(self, settings: AwsSettings) -> None:
         self._settings = settings
+        # The session keeps the service's model, which takes 100 ms to load; a client then takes 5.
         self._session: AioSession = get_session()
+        self._config = AioConfig(connect_timeout=10, read_timeout=60, retries={"mode": "standard", "max_attempts": 4})
 
     async def upload(
         self,
@@ -52,6 +78,7 @@ class Uploader:
 
         Raises:
             StorageUnavailable: the store is away or the credentials have expired; try again with fresh ones.
+            StorageMismatch: the file became shorter while it was read.
             StorageRefused: the store refuses for good.
         """
         with _translated(credentials.key):
@@ -62,7 +89,7 @@ class Uploader:
                 aws_access_key_id=credentials.access_key_id,
                 aws_secret_access_key=credentials.secret_access_key,
                 aws_session_token=credentials.session_token,
-                config=AioConfig(connect_timeout=10, read_timeout=60, retries={"mode": "standard", "max_attempts": 4}),
+                config=self._config,
             ) as client:
                 target = {"Bucket": credentials.bucket, "Key": credentials.key}
                 options = {"ContentType": kind, "ServerSideEncryption": "AES256"}
@@ -82,14 +109,14 @@ class Uploader:
         size: int,
         progress: Callable[[int], None],
     ) -> str:
-        part_bytes = max(_PART_MIN_BYTES, math.ceil(size / _MAX_PARTS))
+        step = part_bytes(size)
         started = await client.create_multipart_upload(**target, **options, ChecksumAlgorithm="CRC32")
         upload = {**target, "UploadId": started["UploadId"]}
         parts = []
         sha256 = hashlib.sha256()
         try:
-            for number, offset in enumerate(range(0, size, part_bytes), start=1):
-                length = min(part_bytes, size - offset)
+            for number, offset in enumerate(range(0, size, step), start=1):
+                length = min(step, size - offset)
                 body = await asyncio.to_thread(_read, descriptor, offset, length)
                 sha256.update(body)
                 checksum = _crc32(body)
@@ -105,7 +132,8 @@ class Uploader:
 
 async def _abort(client: Any, upload: dict[str, str]) -> None:
     try:
-        await client.abort_multipart_upload(**upload)
+        async with asyncio.timeout(_ABORT_SECONDS):
+            await client.abort_multipart_upload(**upload)
     except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, OSError):
         return  # the bucket's own rule for unfinished uploads clears it
 
@@ -115,7 +143,7 @@ def _read(descriptor: int, offset: int, length: int) -> bytes:
     while length > 0:
         piece = os.pread(descriptor, length, offset)
         if not piece:
-            raise StorageUnavailable("an output became shorter while it was read")
+            raise StorageMismatch("it became shorter while it was read")
         pieces.append(piece)
         offset += len(piece)
         length -= len(piece)
@@ -131,11 +159,17 @@ def _translated(key: str) -> Iterator[None]:
     name = key.rpartition("/")[2]
     try:
         yield
+    except StorageMismatch as error:
+        raise StorageMismatch(f"{name}: {error}") from None
     except botocore.exceptions.ClientError as error:
         code = str(error.response.get("Error", {}).get("Code", "?"))
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         if code in _EXPIRED or code in _TRANSIENT or status >= 500 or status == 429:  # noqa: PLR2004 HTTP's own numbers
             raise StorageUnavailable(f"{name}: the object store answers {code}") from None
-        raise StorageRefused(f"{name}: the object store refuses: {code}") from None
-    except (botocore.exceptions.BotoCoreError, TimeoutError, ConnectionError) as error:
+        hint = f"; {_HINTS[code]}" if code in _HINTS else ""
+        raise StorageRefused(f"{name}: the object store refuses: {code}{hint}") from None
+    except _AWAY as error:
         raise StorageUnavailable(f"{name}: the object store cannot be reached ({type(error).__name__})") from None
+    except botocore.exceptions.BotoCoreError as error:
+        # Only its kind is told: what it says may repeat what it was given.
+        raise StorageRefused(f"{name}: no request can be made for it ({type(error).__name__})") from None

@@ -35,6 +35,7 @@ class Event:
     state: State
     attempt: int
     note: str | None
+    done: Mapping[str, object] | None  # how far the step that was left had come
 
 
 class Jobs:
@@ -63,7 +64,9 @@ class Jobs:
         """Return a job's story from the event with the number `after` on, oldest first."""
         async with self._database.queries() as queries:
             rows = await queries.rows("list_events", job_id=uuid.UUID(job_id), after=after)
-        return [Event(row["id"], row["at"], State(row["state"]), row["attempt"], row["note"]) for row in rows]
+        return [
+            Event(row["id"], row["at"], State(row["state"]), row["attempt"], row["note"], row["done"]) for row in rows
+        ]
 
     async def claim(self, states: Collection[State], most: int, lease_seconds: float, holder: str) -> list[Claim]:
         """Take up to `most` due jobs in these states."""
@@ -97,8 +100,12 @@ class Jobs:
         async with self._database.queries() as queries:
             await queries.value("release_lease", id=claim.job.id, lease_token=claim.token)
 
-    async def move(self, claim: Claim, move: Move, note: str | None = None) -> None:
+    async def move(
+        self, claim: Claim, move: Move, note: str | None = None, done: Mapping[str, object] | None = None
+    ) -> None:
         """Write where the job goes; when it has ended, have its Activity looked at again.
+
+        `note` and `done` (how far the step had come, in files and bytes) are for the job's story.
 
         Raises:
             LeaseLost: another worker holds it; nothing is written.
@@ -121,6 +128,7 @@ class Jobs:
                 started_at=move.started_at,
                 terminal=move.state in TERMINAL,
                 note=note,
+                done=dict(done) if done else None,
             )
             if moved is None:
                 raise LeaseLost(f"the lease of job {claim.job.id} is another's")

@@ -102,8 +102,8 @@ moved AS (
     WHERE id = :id AND lease_token = :lease_token AND state = :from_state
     RETURNING id, state, attempt, waiting_for),
 told AS (
-    INSERT INTO job_events (job_id, state, attempt, note)
-    SELECT m.id, m.state, m.attempt, coalesce(m.waiting_for, :note) FROM moved m JOIN before b USING (id)
+    INSERT INTO job_events (job_id, state, attempt, note, done)
+    SELECT m.id, m.state, m.attempt, coalesce(m.waiting_for, :note), :done::jsonb FROM moved m JOIN before b USING (id)
     WHERE (m.state, m.attempt, m.waiting_for) IS DISTINCT FROM (b.state, b.attempt, b.waiting_for))
 SELECT state FROM moved;
 

@@ -145,7 +145,9 @@ class Worker:
         outcome = await self._perform(claim, control)
         now = datetime.now(UTC)
         move = decide(claim.job, outcome, now, self._limits, jitter=random.random())  # noqa: S311 no secret
-        await self._context.jobs.move(claim, move, note=outcome.note if isinstance(outcome, Done) else None)
+        note = outcome.note if isinstance(outcome, Done) else None
+        progress = asdict(control.progress) if any(asdict(control.progress).values()) else None
+        await self._context.jobs.move(claim, move, note=note, done=progress)
         if isinstance(outcome, NotYet):
             return
         logger().info(

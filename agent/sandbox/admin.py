@@ -9,11 +9,12 @@ from typing import Any
 from agent.sandbox.errors import not_found
 from agent.sandbox.model import Model
 from agent.sandbox.objects import ObjectStore, StoredObject
+from agent.sandbox.outbox import WebhookOutbox, research_webhook
 from agent.sandbox.records import Entity
 from agent.sandbox.settings import BUCKET, REGION, SandboxSettings
 from agent.sandbox.tokens import Principal, Tokens
 from agent.sandbox.uploads import Uploads
-from agent.sandbox.webhooks import WebhookOutbox, WebhookSender, research_webhook
+from agent.sandbox.webhooks import WebhookSender
 
 # what may be called from another process, through POST /_sandbox/admin/{name}
 REMOTE = frozenset(

@@ -10,10 +10,10 @@ from agent.sandbox.api_annotations import AnnotationRoutes
 from agent.sandbox.api_entities import EntityRoutes
 from agent.sandbox.api_files import FileRoutes
 from agent.sandbox.api_links import LinkRoutes
+from agent.sandbox.api_requests import RouteHandler, read_json
 from agent.sandbox.errors import ApiError, not_found
 from agent.sandbox.faults import FaultBook, fault_middleware
 from agent.sandbox.lab import LabRoutes
-from agent.sandbox.requests import RouteHandler, read_json
 from agent.sandbox.tokens import SERVICE_SCOPES, Tokens
 
 log = structlog.get_logger(__name__)

@@ -8,11 +8,11 @@ from typing import Any
 
 from aiohttp import web
 
+from agent.sandbox.api_requests import ORGANIZATION, Route, organization_of, read_json
 from agent.sandbox.documents import ANNOTATION_TYPES, annotation_document
 from agent.sandbox.errors import ApiError, not_found
 from agent.sandbox.model import Model, new_entities
 from agent.sandbox.records import Entity
-from agent.sandbox.requests import ORGANIZATION, Route, organization_of, read_json
 from agent.sandbox.tokens import Principal
 
 # type -> the fields that an annotation must have, and those that it may have

@@ -6,11 +6,11 @@ from typing import Any
 
 from aiohttp import web
 
+from agent.sandbox.api_requests import ORGANIZATION, Route, flag, organization_of, read_json, read_object
 from agent.sandbox.documents import ANNOTATION_TYPES, TYPES, annotation_document, relation_document
 from agent.sandbox.errors import ApiError, not_found
 from agent.sandbox.model import Model, checked_attributes, new_entities
 from agent.sandbox.records import Entity, Relation
-from agent.sandbox.requests import ORGANIZATION, Route, flag, organization_of, read_json, read_object
 from agent.sandbox.tokens import Principal
 from agent.sandbox.uploads import Uploads
 

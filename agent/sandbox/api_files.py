@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from agent.sandbox.api_requests import ORGANIZATION, Route, organization_of
 from agent.sandbox.errors import ApiError
 from agent.sandbox.faults import FAULT, FaultKind
 from agent.sandbox.model import Model
 from agent.sandbox.records import Entity
-from agent.sandbox.requests import ORGANIZATION, Route, organization_of
 from agent.sandbox.tokens import Principal
 from agent.sandbox.uploads import Uploads
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from agent.sandbox.api_requests import ORGANIZATION, Route, organization_of, read_json
 from agent.sandbox.documents import RELATIONSHIPS, TYPES, relation_document
 from agent.sandbox.errors import ApiError, not_found
 from agent.sandbox.model import Model, new_entities
 from agent.sandbox.records import Entity, Relation
-from agent.sandbox.requests import ORGANIZATION, Route, organization_of, read_json
 from agent.sandbox.tokens import Principal
 
 

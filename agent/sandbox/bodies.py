@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hashlib
@@ -19,6 +20,7 @@ from agent.sandbox.objects import BlobWriter
 from agent.sandbox.signatures import Signed
 
 CHUNK_BYTES = 256 * 1024
+BATCH_BYTES = 1024 * 1024
 MAXIMUM_LINE_BYTES = 4096
 MAXIMUM_OBJECT_BYTES = 5 * 1024**4
 CHECKSUM_PREFIX = "x-amz-checksum-"
@@ -79,15 +81,12 @@ async def receive(request: web.Request, signed: Signed, writer: BlobWriter) -> d
     if kind.startswith("STREAMING-"):
         chunks = _unchunked(request, signed if kind in SIGNED_CHUNKS else None, promised)
     else:
-        chunks = request.content.iter_chunked(CHUNK_BYTES)
+        chunks = aiter(request.content.iter_chunked(CHUNK_BYTES))
     sha256 = hashlib.sha256() if promised.sha256 is not None else None
     names = {*promised.checksums, *promised.announced} & ALGORITHMS.keys()
     computed: dict[str, Any] = {name: ALGORITHMS[name]() for name in names}
     hashes = [*computed.values(), *([sha256] if sha256 is not None else [])]
-    async for chunk in chunks:
-        writer.write(chunk)
-        for one in hashes:
-            one.update(chunk)
+    await _spool(chunks, writer, hashes)
     if writer.size != promised.length:
         message = "You did not provide the number of bytes specified by the Content-Length HTTP header"
         raise S3Error(400, "IncompleteBody", message)
@@ -98,6 +97,32 @@ async def receive(request: web.Request, signed: Signed, writer: BlobWriter) -> d
     results = {name: str(checksum.b64digest()) for name, checksum in computed.items()}
     _check_checksums(promised, results)
     return results
+
+
+async def _spool(chunks: AsyncIterator[bytes], writer: BlobWriter, hashes: list[Any]) -> None:
+    """Write and hash in two threads while the next bytes come; the remainder, and small bodies, at once."""
+
+    def digest(data: bytes | bytearray) -> None:
+        writer.digest(data)
+        for one in hashes:
+            one.update(data)
+
+    batch = bytearray()
+    busy: asyncio.Future[Any] | None = None
+    try:
+        async for chunk in chunks:
+            batch += chunk
+            if len(batch) >= BATCH_BYTES:
+                data = bytes(batch)
+                batch.clear()
+                if busy is not None:
+                    await busy
+                busy = asyncio.gather(asyncio.to_thread(writer.store, data), asyncio.to_thread(digest, data))
+    finally:
+        if busy is not None:
+            await busy
+    writer.store(batch)
+    digest(batch)
 
 
 def _check_checksums(promised: Promises, results: dict[str, str]) -> None:

@@ -8,9 +8,9 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from agent.sandbox.admin import REMOTE, Admin
+from agent.sandbox.api_requests import read_object
 from agent.sandbox.errors import ApiError, not_found
 from agent.sandbox.faults import FaultBook
-from agent.sandbox.requests import read_object
 
 
 class ControlRoutes:

@@ -9,9 +9,9 @@ from typing import Any
 
 from aiohttp import web
 
+from agent.sandbox.api_requests import Route, read_object
 from agent.sandbox.errors import ApiError, not_found
 from agent.sandbox.model import Model
-from agent.sandbox.requests import Route, read_object
 from agent.sandbox.tokens import Principal
 
 ENDPOINTS = "/api/v3/project_templates/{template_id}/webhook_endpoints"

@@ -95,9 +95,17 @@ class BlobWriter:
 
     def write(self, chunk: bytes) -> None:
         """Append bytes."""
+        self.store(chunk)
+        self.digest(chunk)
+
+    def store(self, chunk: bytes | bytearray) -> None:
+        """Append bytes to the file alone: `digest` must see them too, before or after or at the same time."""
         self._file.write(chunk)
-        self._md5.update(chunk)
         self.size += len(chunk)
+
+    def digest(self, chunk: bytes | bytearray) -> None:
+        """Let the MD5 see bytes."""
+        self._md5.update(chunk)
 
     @property
     def md5(self) -> bytes:

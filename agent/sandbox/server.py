@@ -21,11 +21,12 @@ from agent.sandbox.faults import FaultBook
 from agent.sandbox.lab import LabRoutes
 from agent.sandbox.model import Model
 from agent.sandbox.objects import ObjectStore
+from agent.sandbox.outbox import WebhookOutbox
 from agent.sandbox.records import Entity, Records
 from agent.sandbox.settings import MEBIBYTE, REGION, SandboxSettings
 from agent.sandbox.tokens import Tokens
 from agent.sandbox.uploads import Uploads
-from agent.sandbox.webhooks import WebhookOutbox, WebhookSender
+from agent.sandbox.webhooks import WebhookSender
 
 
 class Sandbox:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,14 @@ from aiohttp import hdrs, web
 from agent.adapters.ovation import Ovation
 from agent.domain.activity import Activity, NotReady, readiness
 from agent.errors import OvationError, OvationNotFound, OvationRefused
-from agent.logs import logger
+from agent.logs import logger, printable
 from agent.settings import JwtSettings
-from agent.web.state import SERVICES, bearer, failure, read_json
+from agent.web.state import MOST_ORGANIZATION, SERVICES, bearer, failure, is_id, read_json
 
 routes = web.RouteTableDef()
+_ORGANIZATION = re.compile(r"[0-9]{1,10}")
+_CLOCK_SKEW_SECONDS = 30
+_MOST_CHARACTERS = 200
 _CHALLENGE = {hdrs.WWW_AUTHENTICATE: 'Bearer realm="ovation-agent", error="invalid_token"'}
 
 
@@ -36,8 +40,7 @@ async def hpc_run(request: web.Request) -> web.Response:
     person = _person(token, services.settings.jwt)
     wish = _wish(await read_json(request))
     try:
-        await _may_read(services.ovation.as_user(token), wish)
-        activity = await services.ovation.activity(wish.organization, wish.activity_id)
+        activity = await _activity(services.ovation, services.ovation.as_user(token), wish)
     except OvationNotFound:
         raise failure(404, "no such Activity, or it or one of its inputs is not for this token") from None
     except OvationRefused:
@@ -49,6 +52,10 @@ async def hpc_run(request: web.Request) -> web.Response:
     if isinstance(judgement, NotReady):
         raise failure(409, "; ".join(judgement.reasons))
     job, made = await services.watch_list.start(activity, judgement.plan, "hpc_run", person)
+    if not made and job.plan.image.name != wish.image_name:
+        raise failure(
+            409, f"run {job.run} with the image {job.plan.image.name} is under way; ask again when it has ended"
+        )
     if made:
         logger().info("job_made", job_id=job.id, activity_id=activity.id, run=job.run, requested_by=person)
         services.on_job()
@@ -56,10 +63,15 @@ async def hpc_run(request: web.Request) -> web.Response:
     return web.json_response(answer, status=201, headers={hdrs.LOCATION: f"/api/jobs/{job.id}"})
 
 
-async def _may_read(ovation: Ovation, wish: _Wish) -> Activity:
-    activity = await ovation.activity(wish.organization, wish.activity_id)
+async def _activity(agent: Ovation, person: Ovation, wish: _Wish) -> Activity:
+    """Read the Activity as the agent, once the person can read it and each of its inputs.
+
+    Ovation leaves out of an Activity's links what the caller may not read: the inputs that count are the agent's.
+    """
+    await person.entity(wish.organization, wish.activity_id)
+    activity = await agent.activity(wish.organization, wish.activity_id)
     for entity in activity.inputs:
-        await ovation.entity(wish.organization, entity.id)
+        await person.entity(wish.organization, entity.id)
     return activity
 
 
@@ -69,28 +81,34 @@ def _wish(body: Any) -> _Wish:
     for name in ("activity_id", "image_name"):
         if not isinstance(body.get(name), str) or not body[name]:
             raise failure(400, f"missing parameter: {name}")
-    try:
-        organization = int(body.get("organization", 0))
-    except (TypeError, ValueError):
-        raise failure(400, "the parameter organization is not a number") from None
-    return _Wish(body["activity_id"], body["image_name"], organization)
+    if not is_id(body["activity_id"]):
+        raise failure(400, "the parameter activity_id is not an Ovation id")
+    organization = str(body.get("organization", 0))
+    if not _ORGANIZATION.fullmatch(organization) or int(organization) > MOST_ORGANIZATION:
+        raise failure(400, f"the parameter organization is not a number from 0 to {MOST_ORGANIZATION}")
+    return _Wish(body["activity_id"], body["image_name"], int(organization))
 
 
 def _person(token: str, settings: JwtSettings) -> str | None:
     """Check a token where there is something to check it with, and return whose it says it is."""
+    keys = {}
     if settings.secret is not None:
-        key, algorithms = settings.secret.get_secret_value(), ["HS256"]
-    elif settings.public_key is not None:
-        key, algorithms = settings.public_key, ["RS256"]
-    else:
-        key, algorithms = "", []
+        keys["HS256"] = settings.secret.get_secret_value()
+    if settings.public_key is not None:
+        keys["RS256"] = settings.public_key
+    # Without a key Ovation's answer to the token decides alone; what it says of its owner is then only a name.
+    options: Any = {"verify_aud": False, "verify_sub": False, "verify_signature": bool(keys)}
     try:
-        # Without a key Ovation's answer to the token decides alone; what it says of its owner is then only a name.
-        options: Any = {"verify_aud": False, "verify_signature": bool(algorithms)}
-        claims = jwt.decode(token, key, algorithms=algorithms or None, options=options)
-    except jwt.PyJWTError:
-        if algorithms:
+        # Each kind of key is good for its own algorithm alone: a public key is no shared secret.
+        algorithm = str(jwt.get_unverified_header(token).get("alg"))
+        if keys and algorithm not in keys:
+            raise failure(401, "the token is not valid", _CHALLENGE)
+        claims = jwt.decode(
+            token, keys.get(algorithm, ""), algorithms=[algorithm], options=options, leeway=_CLOCK_SKEW_SECONDS
+        )
+    except (jwt.PyJWTError, ValueError):
+        if keys:
             raise failure(401, "the token is not valid", _CHALLENGE) from None
         return None
     person = claims.get("email") or claims.get("sub")
-    return str(person)[:200] if person else None
+    return printable(str(person))[:_MOST_CHARACTERS] if person else None

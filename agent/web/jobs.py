@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from aiohttp import hdrs, web
 
+from agent.db.jobs import Jobs
 from agent.domain.activity import NotReady, readiness
 from agent.domain.job import TERMINAL, Job, State
 from agent.domain.workdir import Layout
-from agent.errors import OvationError, OvationNotFound
-from agent.web.state import SERVICES, bearer, failure, read_json, same
+from agent.errors import DatabaseError, OvationError, OvationNotFound
+from agent.web.state import SERVICES, bearer, failure, is_id, read_json, same
 
 routes = web.RouteTableDef()
 _FOLLOW_SECONDS = 0.2
@@ -35,10 +38,13 @@ async def list_jobs(request: web.Request) -> web.Response:
     state, limit = request.query.get("state"), request.query.get("limit", "100")
     if state is not None and state not in set(State):
         raise failure(400, f"no such state: the states are {', '.join(State)}")
-    if not limit.isdecimal() or not 1 <= int(limit) <= _MAX_LISTED:
+    if not re.fullmatch(r"[0-9]{1,4}", limit) or not 1 <= int(limit) <= _MAX_LISTED:
         raise failure(400, f"limit is not a number from 1 to {_MAX_LISTED}")
+    activity_id = request.query.get("activity_id")
+    if activity_id is not None and not is_id(activity_id):
+        raise failure(400, "activity_id is not an Ovation id")
     jobs = await request.app[SERVICES].jobs.newest(
-        activity_id=request.query.get("activity_id"), state=State(state) if state else None, most=int(limit)
+        activity_id=activity_id, state=State(state) if state else None, most=int(limit)
     )
     return web.json_response({"jobs": [as_json(job) for job in jobs]})
 
@@ -55,7 +61,14 @@ async def list_events(request: web.Request) -> web.Response:
     job = await _job(request)
     events = await request.app[SERVICES].jobs.events(job.id)
     listed = [
-        {"id": each.id, "at": _time(each.at), "state": each.state, "attempt": each.attempt, "note": each.note}
+        {
+            "id": each.id,
+            "at": _time(each.at),
+            "state": each.state,
+            "attempt": each.attempt,
+            "note": each.note,
+            "done": each.done,
+        }
         for each in events
     ]
     return web.json_response({"events": listed})
@@ -66,6 +79,8 @@ async def get_activity(request: web.Request) -> web.Response:
     """Say what led to an Activity's runs, or why there is none."""
     authorize(request)
     services, activity_id = request.app[SERVICES], request.match_info["id"]
+    if not is_id(activity_id):
+        raise failure(404, "that is not an Ovation id")
     look = await services.watch_list.last_look(activity_id)
     jobs = await services.jobs.newest(activity_id=activity_id)
     if look is None and not jobs:
@@ -113,7 +128,7 @@ async def rerun(request: web.Request) -> web.Response:
     again, made = await services.watch_list.start(activity, judgement.plan, "rerun")
     if made:
         services.on_job()
-    return web.json_response(as_json(again), status=201)
+    return web.json_response(as_json(again), status=201 if made else 200)
 
 
 @routes.get("/api/jobs/{id}/logs/{stream:stdout|stderr}")
@@ -132,15 +147,20 @@ async def read_log(request: web.Request) -> web.StreamResponse:
     await response.prepare(request)
     position = 0
     while True:
-        ended = (
-            not follow or (found := await services.jobs.get(job.id)) is None or found.state not in _LOG_FOLLOWED_STATES
-        )
+        ended = not follow or await _has_ended(services.jobs, job.id)
         position = await _send_from(response, path, position)
         if ended:
             break
         await asyncio.sleep(_FOLLOW_SECONDS)
     await response.write_eof()
     return response
+
+
+async def _has_ended(jobs: Jobs, job_id: str) -> bool:
+    with contextlib.suppress(DatabaseError):  # the container goes on without it
+        found = await jobs.get(job_id)
+        return found is None or found.state not in _LOG_FOLLOWED_STATES
+    return False
 
 
 async def _send_from(response: web.StreamResponse, path: Path, position: int) -> int:

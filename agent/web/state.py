@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +19,14 @@ from agent.db.database import Database
 from agent.db.jobs import Jobs
 from agent.db.watched import WatchList
 from agent.errors import DatabaseError
+from agent.logs import logger
 from agent.settings import Settings
 
 MAX_BODY_BYTES = 64 * 1024
+MOST_ORGANIZATION = 2**31 - 1
+_BODY_SECONDS = 30.0
+_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,127}")
+_HEADER_TOKEN = re.compile(r"[\x21-\x7e]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +57,10 @@ async def read_json(request: web.Request) -> Any:
     """Return the body's JSON.
 
     Raises:
-        web.HTTPException: 413 above 64 KiB, without reading on; 400 when it is not JSON, saying where.
+        web.HTTPException: 413 above 64 KiB, without reading on; 408 when it does not come; 400 when it is not JSON,
+            saying where.
     """
-    if (request.content_length or 0) > MAX_BODY_BYTES:
-        raise failure(413, f"the body is larger than {MAX_BODY_BYTES} bytes", {hdrs.CONNECTION: "close"})
-    body = bytearray()
-    async for chunk in request.content.iter_any():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise failure(413, f"the body is larger than {MAX_BODY_BYTES} bytes", {hdrs.CONNECTION: "close"})
+    body = await _read(request)
     try:
         return json.loads(body)
     except UnicodeDecodeError:
@@ -69,12 +71,32 @@ async def read_json(request: web.Request) -> Any:
         raise failure(400, "the body is not JSON that can be read") from None
 
 
+async def _read(request: web.Request) -> bytes:
+    too_large = failure(413, f"the body is larger than {MAX_BODY_BYTES} bytes", {hdrs.CONNECTION: "close"})
+    if (request.content_length or 0) > MAX_BODY_BYTES:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for chunk in request.content.iter_any():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise too_large
+    except TimeoutError:
+        problem = f"the body did not come within {_BODY_SECONDS:.0f} seconds"
+        raise failure(408, problem, {hdrs.CONNECTION: "close"}) from None
+    except web.RequestPayloadError:
+        raise failure(400, "the body is not encoded as its headers say", {hdrs.CONNECTION: "close"}) from None
+    return bytes(body)
+
+
 def failure(status: int, detail: str, headers: LooseHeaders | None = None) -> web.HTTPException:
     """Return an error to raise."""
     kinds: dict[int, type[web.HTTPException]] = {
         400: web.HTTPBadRequest,
         401: web.HTTPUnauthorized,
         404: web.HTTPNotFound,
+        408: web.HTTPRequestTimeout,
         409: web.HTTPConflict,
         503: web.HTTPServiceUnavailable,
     }
@@ -88,13 +110,20 @@ def failure(status: int, detail: str, headers: LooseHeaders | None = None) -> we
 
 def same(left: str, right: str) -> bool:
     """Compare two secrets in constant time."""
-    return hmac.compare_digest(left.encode(), right.encode())
+    # Bytes of a header that are no UTF-8 arrive as lone surrogates.
+    return hmac.compare_digest(left.encode(errors="surrogatepass"), right.encode(errors="surrogatepass"))
 
 
 def bearer(request: web.Request) -> str | None:
     """Return the request's bearer token, if it carries one."""
     scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
-    return token.strip() or None if scheme.lower() == "bearer" else None
+    token = token.strip()
+    return token if scheme.lower() == "bearer" and _HEADER_TOKEN.fullmatch(token) else None
+
+
+def is_id(text: str) -> bool:
+    """Say whether this can be an Ovation id: it goes into addresses and into the database."""
+    return _ID.fullmatch(text) is not None
 
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -102,7 +131,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @web.middleware
 async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer in JSON also where aiohttp would not, and 503 while PostgreSQL is away."""
+    """Answer in JSON also where aiohttp would not, 503 while PostgreSQL is away, and 500 to a bug, which is logged."""
     try:
         return await handler(request)
     except DatabaseError:
@@ -112,3 +141,8 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
             raise
         headers = {hdrs.ALLOW: error.headers[hdrs.ALLOW]} if hdrs.ALLOW in error.headers else None
         return problem(error.status, error.reason.lower(), headers)
+    except ConnectionError:
+        raise  # the client went away: aiohttp knows
+    except Exception:  # noqa: BLE001 a bug: loud in the log, a plain word to the client
+        logger().exception("request_failed", method=request.method, path=request.path)
+        return problem(500, "the agent failed at this; its log says more")

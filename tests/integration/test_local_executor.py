@@ -468,7 +468,7 @@ async def test_an_image_without_a_default_command_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(b"", "empty"), (b"not an image\n" * 100, "is not an image"), (b"hsqs", "not complete")]
+    ("content", "words"), [(b"", "empty"), (b"not an image\n" * 100, "not an image"), (b"hsqs", "not complete")]
 )
 async def test_what_is_not_an_image_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
     image = tmp_path / "thing.sif"

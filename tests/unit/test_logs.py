@@ -131,17 +131,20 @@ def test_known_secrets_are_hidden_by_value(secret: str, before: str, after: str)
         logs._hidden.clear()
 
 
+def fail(local: str) -> None:
+    raise KeyError(f"postgresql://agent:hunter2@db/agent?token={local}")
+
+
+@pytest.mark.usefixtures("_restored")
 @pytest.mark.parametrize("log_format", ["json", "console"])
-def test_tracebacks_show_no_secret(
-    log_format: Any, _restored: None, monkeypatch: pytest.MonkeyPatch
-) -> None:  # the fixture restores
+def test_tracebacks_show_no_secret(log_format: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     logs.configure(log_format)
     local = "a-local-variable-" + "s3cret"
     try:
         try:
-            raise KeyError("postgresql://agent:hunter2@db/agent")
+            fail(local)
         except KeyError as error:
             raise RuntimeError(f"Bearer {local}") from error
     except RuntimeError:
@@ -207,12 +210,13 @@ def test_a_terminal_gets_text_and_no_foreign_control_characters(terminal: Termin
     assert "owned" in text
 
 
+@pytest.mark.usefixtures("_restored")
 @pytest.mark.parametrize(
     ("log_format", "is_terminal", "is_json"),
     [("auto", True, False), ("auto", False, True), ("json", True, True), ("console", False, False)],
 )
 def test_the_form_follows_the_setting_and_the_terminal(
-    log_format: Any, is_terminal: bool, is_json: bool, _restored: None, monkeypatch: pytest.MonkeyPatch
+    log_format: Any, is_terminal: bool, is_json: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = Terminal() if is_terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)

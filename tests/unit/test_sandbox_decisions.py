@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from agent.sandbox.errors import S3Error
 from agent.sandbox.faults import FaultBook
 from agent.sandbox.objects import Blob
+from agent.sandbox.outbox import substituted
 from agent.sandbox.s3_objects import _slices
 from agent.sandbox.signatures import Credential, presign, verify
-from agent.sandbox.webhooks import substituted
 
 CREDENTIAL = Credential("ASIAKEY", "secret", "token", None, None, None)
 KEYS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=40)

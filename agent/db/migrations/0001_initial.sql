@@ -75,7 +75,8 @@ CREATE TABLE job_events (
     at      timestamptz NOT NULL DEFAULT now(),
     state   text        NOT NULL,
     attempt integer     NOT NULL,
-    note    text
+    note    text,
+    done    jsonb       -- how far the step that was left had come: files and bytes
 );
 CREATE INDEX job_events_job ON job_events (job_id, id);
 

@@ -1,0 +1,211 @@
+"""The tree: every setting with its type, its default and what it means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from agent.errors import ConfigurationError
+from agent.settings import sources
+from agent.settings.types import (
+    Address,
+    Count,
+    DatabaseAddress,
+    HeaderToken,
+    Hosts,
+    HostsOrOrigins,
+    Organizations,
+    Origin,
+    Password,
+    Port,
+    PublicKey,
+    Seconds,
+    Secret,
+    SomeSeconds,
+    Suffixes,
+    Text,
+    UserName,
+)
+
+
+def _pair(name: str, value: object, other_name: str, other: object) -> None:
+    if (value is None) != (other is None):
+        there, missing = (name, other_name) if other is None else (other_name, name)
+        raise ValueError(f"{there} is set and {missing} is not: set both or neither")
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+
+class OvationSettings(_Group):
+    """`OVATION_*`: where Ovation is and how the agent signs in there."""
+
+    api_url: Origin = Field("https://api.ovation.io", description="Ovation's API.")
+    token: HeaderToken | None = Field(
+        None, description="The agent's own API token. Or give client_id and client_secret."
+    )
+    client_id: Text | None = Field(None, description="A service account's id, to fetch tokens with.")
+    client_secret: Secret | None = Field(None, description="The service account's secret.")
+    auth_domain: Address = Field("https://ovation.auth0.com", description="Where service tokens are fetched.")
+    audience: Text = Field("https://api.ovation.io/", description="What service tokens are asked for.")
+    hosts: HostsOrOrigins = Field(
+        ("*.ovation.io",),
+        description="Origins that are Ovation's own besides the API's: the only ones that see its token. A host name,"
+        " which means https; `*.` stands for any one or more labels; or scheme://host:port.",
+    )
+    organizations: Organizations = Field((0,), description="Organizations to watch; 0 is Personal Projects.")
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> Self:
+        _pair("OVATION_CLIENT_ID", self.client_id, "OVATION_CLIENT_SECRET", self.client_secret)
+        return self
+
+
+class JwtSettings(_Group):
+    """`JWT_*`: how people's tokens are checked before Ovation is asked. With neither, Ovation alone decides."""
+
+    secret: Secret | None = Field(None, description="Shared secret of HS256 tokens.")
+    public_key: PublicKey | None = Field(None, description="Public key (PEM) of RS256 tokens.")
+
+
+class AwsSettings(_Group):
+    """`AWS_*`: the object store, as every AWS tool reads them."""
+
+    endpoint_url_s3: Address | None = Field(None, description="An S3-compatible store instead of Amazon's.")
+    default_region: Text = Field("us-east-1", description="The region that requests are signed for.")
+
+
+class AgentSettings(_Group):
+    """`AGENT_*`: the agent itself."""
+
+    host: Text = Field("127.0.0.1", description="Address to listen on.")
+    port: Port = Field(8080, description="Port to listen on; 0 takes any free one.")
+    database_url: DatabaseAddress | None = Field(
+        None, description="A PostgreSQL server. Unset: an embedded one under the data directory."
+    )
+    data_dir: Annotated[Path, Field(min_length=1)] = Field(
+        Path("data"), description="Work directories and the embedded database."
+    )
+    webhook_username: UserName | None = Field(
+        None, description="User name that webhooks must carry (basic auth). Research webhooks send their key as both."
+    )
+    webhook_password: Password | None = Field(None, description="Password that webhooks must carry (basic auth).")
+    webhook_anonymous: bool = Field(False, description="Accept webhooks from anybody. For trials on one machine.")
+    admin_token: HeaderToken | None = Field(
+        None, description="Bearer token for /api. Unset: one is made and kept in the data directory, mode 0600."
+    )
+    executor: Literal["local"] = Field("local", description="Where containers run.")
+    settle_seconds: Seconds = Field(10, description="Quiet time after a change before an Activity is judged.")
+    max_staging: Count = Field(4, description="Jobs that fetch their files at the same time.")
+    max_running: Count = Field(2, description="Containers that run at the same time.")
+    max_collecting: Count = Field(4, description="Jobs that deliver their outputs at the same time.")
+    time_limit_seconds: SomeSeconds = Field(86_400, description="Wall time of a container.")
+    network: Literal["none", "host"] = Field("none", description="What containers may reach.")
+    container_user: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,9}:[1-9][0-9]{0,9}$")] = Field(
+        "65534:65534", description="Numeric uid:gid that containers run as when the agent is root. Never 0."
+    )
+    image_suffixes: Suffixes = Field(
+        (".sif", ".simg", ".img", ".sqsh"), description="Names of compute images end so, in either case."
+    )
+    remote_hosts: Hosts = Field(
+        (), description="Private or loopback hosts that remote Revisions may be read from all the same."
+    )
+    keep_seconds: Seconds = Field(
+        604_800, description="How long the logs of finished runs stay on this machine for the `logs` command."
+    )
+    log_format: Literal["auto", "json", "console"] = Field("auto", description="`auto`: console on a terminal.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+
+    @model_validator(mode="after")
+    def _credentials_are_whole(self) -> Self:
+        _pair("AGENT_WEBHOOK_USERNAME", self.webhook_username, "AGENT_WEBHOOK_PASSWORD", self.webhook_password)
+        return self
+
+    @property
+    def webhooks_are_guarded(self) -> bool:
+        """Whether `serve` may start: webhooks carry credentials, or anonymous ones were asked for."""
+        return self.webhook_anonymous or self.webhook_username is not None
+
+
+class Settings(BaseSettings):
+    """The tree. `Settings.load()` is the way to get one."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="ignore",
+        env_nested_delimiter="_",
+        env_nested_max_split=1,
+        nested_model_default_partial_update=True,
+        hide_input_in_errors=True,
+    )
+
+    ovation: OvationSettings = OvationSettings()
+    jwt: JwtSettings = JwtSettings()
+    aws: AwsSettings = AwsSettings()
+    agent: AgentSettings = AgentSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Let the environment win over what `load` read from the file."""
+        del dotenv_settings, file_secret_settings, env_settings
+        return sources.Environment(settings_cls, variables()), init_settings
+
+    @classmethod
+    def load(cls, file: Path | None = None) -> Settings:
+        """Read the environment and the TOML file. A variable that is set to nothing counts as unset.
+
+        Raises:
+            ConfigurationError: which key, where it stands, what is wrong with it and what to do, all at once.
+        """
+        known = variables()
+        found = sources.find(file)
+        content = {} if found is None else sources.read(found, known)
+        sources.refuse_unknown_variables(known)
+        try:
+            return cls(**content)
+        except ValidationError as error:
+            raise ConfigurationError(sources.explain(error, None if found is None else found.path)) from None
+
+    def secrets(self) -> Iterator[str]:
+        """Return every secret of the tree, for the log to leave out."""
+        for group in (self.ovation, self.jwt, self.aws, self.agent):
+            for name in type(group).model_fields:
+                if isinstance(value := getattr(group, name), SecretStr):
+                    yield value.get_secret_value()
+
+
+class Variable(NamedTuple):
+    """A setting as the environment names it."""
+
+    description: str
+    default: Any
+
+
+def variables() -> dict[str, Variable]:
+    """Return every environment variable with its description and default, in the order of the tree."""
+    return {
+        f"{group}_{name}".upper(): Variable(inner.description or "", inner.default)
+        for group, model in groups().items()
+        for name, inner in model.model_fields.items()
+    }
+
+
+def groups() -> dict[str, type[BaseModel]]:
+    """Return the tables of the file with what is in them, in the order of the tree."""
+    return {
+        name: field.annotation
+        for name, field in Settings.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    }

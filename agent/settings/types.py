@@ -1,0 +1,142 @@
+"""The types that settings are made of: what each refuses, and in which words. No message repeats a value."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic_settings import NoDecode
+from yarl import URL
+
+_DAY_SECONDS = 86_400
+_HOST = re.compile(r"(\*\.)?[0-9A-Za-z]([0-9A-Za-z.-]{0,251}[0-9A-Za-z])?")
+# What stands between `@` and the database's name: hosts with ports, several of them separated by commas, or nothing.
+_POSTGRES = re.compile(
+    r"postgres(?:ql)?://(?:[^@/?#\s]*@)?"
+    r"(?:(?:\[[^\]\s]*\]|[^:,\[\]/?#@\s]*)(?::\d{1,5})?,?)*"
+    r"(?:/[^/?#@\s]*)?(?:\?[^#\s]*)?"
+)
+_MOST_ORGANIZATION = 2**31 - 1
+
+
+def _split(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _no_boolean(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")  # noqa: TRY004 pydantic reports ValueError
+    return value
+
+
+def _url(value: str) -> URL:
+    try:
+        url = URL(value)
+        url.port  # noqa: B018 reading it raises when it is no number
+    except ValueError:
+        url = URL()
+    if url.scheme not in {"http", "https"} or not url.host:
+        raise ValueError("must be an address such as https://api.ovation.io")
+    if url.user or url.password:
+        raise ValueError("must not carry a user name or password")
+    if url.query_string or url.fragment:
+        raise ValueError("must not carry a query or a fragment")
+    return url
+
+
+def _web_address(value: str) -> str:
+    _url(value)
+    return value.rstrip("/")
+
+
+def _origin(value: str) -> str:
+    if _url(value).path not in {"", "/"}:
+        raise ValueError("must end after the host and its port: paths are the agent's own business")
+    return value.rstrip("/")
+
+
+def _host_or_origin(value: str) -> str:
+    return _origin(value) if "://" in value else _host(value)
+
+
+def _host(value: str) -> str:
+    if not _HOST.fullmatch(value):
+        raise ValueError("must be a host name, *.domain, or scheme://host:port")
+    return value.lower()
+
+
+def _plain_host(value: str) -> str:
+    if not re.fullmatch(r"[^\s/@*]+", value) or "://" in value:
+        raise ValueError("must be a host name or an address, without scheme and port")
+    return value.lower()
+
+
+def _postgres_address(value: SecretStr) -> SecretStr:
+    dsn = value.get_secret_value()
+    if not dsn.startswith(("postgresql://", "postgres://")):
+        raise ValueError("must start with postgresql://, for instance postgresql://agent@db.example.org/agent")
+    if not _POSTGRES.fullmatch(dsn):
+        raise ValueError(
+            "cannot be read as postgresql://user:password@host:port/database; in the user's name and the password"
+            " write / as %2F, @ as %40, ? as %3F, # as %23, % as %25, and a space as %20"
+        )
+    return value
+
+
+def _header_token(value: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"[\x21-\x7e]+", value.get_secret_value()):
+        raise ValueError("must be one word of printable ASCII: is there a space or a line's end in it?")
+    return value
+
+
+def _credential(value: SecretStr) -> SecretStr:
+    if not value.get_secret_value().isprintable():
+        raise ValueError("must not carry control characters: is there a line's end in it?")
+    return value
+
+
+def _user_name(value: SecretStr) -> SecretStr:
+    if ":" in _credential(value).get_secret_value():
+        raise ValueError("must not carry a colon: basic auth ends the user name there")
+    return value
+
+
+def _public_key(value: str) -> str:
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    pem = value.replace("\\n", "\n")  # how one line of an environment file carries several
+    try:
+        key = load_pem_public_key(pem.encode())
+    except ValueError:
+        key = None
+    if not isinstance(key, RSAPublicKey):
+        raise ValueError("must be an RSA public key in PEM: -----BEGIN PUBLIC KEY----- and so on")  # noqa: TRY004 as above
+    return pem
+
+
+Text = Annotated[str, Field(min_length=1)]
+Secret = Annotated[SecretStr, Field(min_length=1)]
+HeaderToken = Annotated[Secret, AfterValidator(_header_token)]
+Password = Annotated[Secret, AfterValidator(_credential)]
+UserName = Annotated[Secret, AfterValidator(_user_name)]
+DatabaseAddress = Annotated[SecretStr, AfterValidator(_postgres_address)]
+PublicKey = Annotated[str, AfterValidator(_public_key)]
+
+Address = Annotated[str, AfterValidator(_web_address)]
+Origin = Annotated[str, AfterValidator(_origin)]
+HostsOrOrigins = Annotated[
+    tuple[Annotated[str, AfterValidator(_host_or_origin)], ...], NoDecode, BeforeValidator(_split)
+]
+Hosts = Annotated[tuple[Annotated[str, AfterValidator(_plain_host)], ...], NoDecode, BeforeValidator(_split)]
+Suffixes = Annotated[
+    tuple[Annotated[Text, AfterValidator(str.lower)], ...], NoDecode, BeforeValidator(_split), Field(min_length=1)
+]
+Organization = Annotated[int, BeforeValidator(_no_boolean), Field(ge=0, le=_MOST_ORGANIZATION)]
+Organizations = Annotated[tuple[Organization, ...], NoDecode, BeforeValidator(_split), Field(min_length=1)]
+
+Port = Annotated[int, BeforeValidator(_no_boolean), Field(ge=0, le=65_535)]
+Count = Annotated[int, BeforeValidator(_no_boolean), Field(ge=1, le=10_000)]
+Seconds = Annotated[float, BeforeValidator(_no_boolean), Field(ge=0, le=3650 * _DAY_SECONDS, allow_inf_nan=False)]
+SomeSeconds = Annotated[float, BeforeValidator(_no_boolean), Field(gt=0, le=3650 * _DAY_SECONDS, allow_inf_nan=False)]
