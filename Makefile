@@ -43,9 +43,8 @@ check: setup-dev  ## Check style, types, dependencies between packages, scripts,
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/shellcheck $(SCRIPTS)
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/python config/check_locks.py
 	config/check-words
-	$(BIN)/python -m pytest -q tests/unit/test_docs.py tests/unit/test_locks.py
+	$(BIN)/python -m pytest -q tests/unit/test_docs.py tests/unit/test_architecture.py tests/unit/test_locks.py
 
 .PHONY: fmt
 fmt: setup-dev  ## Format the code and repair what ruff can repair

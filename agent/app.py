@@ -30,6 +30,7 @@ from agent.db.connect import connect
 from agent.db.database import Database
 from agent.db.jobs import Jobs
 from agent.db.outputs import Outputs
+from agent.db.reconciliations import Reconciliations
 from agent.db.watched import WatchList
 from agent.domain.container import User
 from agent.errors import ConfigurationError, DatabaseError, OvationRefused, OvationUnavailable
@@ -37,6 +38,7 @@ from agent.pipeline.context import Context
 from agent.pipeline.worker import Worker
 from agent.settings import Settings
 from agent.trigger.evaluate import Evaluator
+from agent.trigger.reconcile import Reconciler
 from agent.web.application import application
 from agent.web.state import Services
 
@@ -51,6 +53,7 @@ class _Agent:
     executor: Executor
     worker: Worker
     evaluator: Evaluator
+    reconciler: Reconciler
 
 
 async def serve(settings: Settings) -> None:
@@ -109,6 +112,7 @@ async def _open(settings: Settings) -> AsyncIterator[_Agent]:
         worker = Worker(context, holder)
         watch_list = WatchList(database)
         evaluator = Evaluator(settings, watch_list, ovation, holder, on_job=worker.wake)
+        reconciler = Reconciler(settings, Reconciliations(database), watch_list, ovation, on_due=evaluator.wake)
         services = Services(
             settings=settings,
             database=database,
@@ -121,7 +125,7 @@ async def _open(settings: Settings) -> AsyncIterator[_Agent]:
             on_job=worker.wake,
             on_cancel=worker.cancel,
         )
-        yield _Agent(services, context.executor, worker, evaluator)
+        yield _Agent(services, context.executor, worker, evaluator, reconciler)
 
 
 async def _check(agent: _Agent, settings: Settings) -> None:
@@ -161,6 +165,7 @@ async def _run(agent: _Agent, settings: Settings, stop: asyncio.Event) -> None:
     loops = [
         asyncio.create_task(agent.worker.run(), name="worker"),
         asyncio.create_task(agent.evaluator.run(), name="evaluator"),
+        asyncio.create_task(agent.reconciler.run(), name="reconciler"),
         asyncio.create_task(_sweep(agent.services.jobs, settings), name="sweep"),
     ]
     stopping = asyncio.create_task(stop.wait(), name="stop")

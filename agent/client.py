@@ -12,10 +12,9 @@ from typing import Any, Self
 from urllib.parse import quote
 
 import aiohttp
-from aiohttp.connector import AddrInfoType
 
-from agent.app import ADDRESS_FILE, ADMIN_TOKEN_FILE
 from agent.errors import AgentError, ConfigurationError
+from agent.logs import printable
 from agent.settings import Settings
 
 
@@ -43,21 +42,22 @@ class Client:
             ConfigurationError: its admin token is not to be had.
             AgentRefused: the agent of this data directory does not run.
         """
-        data_dir = Path(settings.agent.data_dir)
         host = settings.agent.host
         address = f"http://{f'[{host}]' if ':' in host else host}:{settings.agent.port}"
-        running = _running(data_dir / ADDRESS_FILE)
+        running = _running(settings.agent.address_file)
         if settings.agent.admin_token is not None:
             return cls(running or address, settings.agent.admin_token.get_secret_value())
         try:
-            token = (data_dir / ADMIN_TOKEN_FILE).read_text().strip()
+            token = settings.agent.admin_token_file.read_text().strip()
         except OSError as error:
             raise ConfigurationError(
-                f"no admin token: {data_dir / ADMIN_TOKEN_FILE}: {error.strerror}; run this where the agent runs,"
+                f"no admin token: {settings.agent.admin_token_file}: {error.strerror}; run this where the agent runs,"
                 " with its AGENT_DATA_DIR, or set AGENT_ADMIN_TOKEN"
             ) from None
         if running is None:  # whoever listens there now is not to see the token
-            raise AgentRefused(f"the agent of {data_dir} is not running: start it with `ovation-agent serve`")
+            raise AgentRefused(
+                f"the agent of {settings.agent.data_dir} is not running: start it with `ovation-agent serve`"
+            )
         return cls(running, token)
 
     async def __aenter__(self) -> Self:
@@ -104,7 +104,7 @@ class Client:
             detail = f"{self._address} answers {response.status} {response.reason}: is it an agent?"
         if response.status == 401:  # noqa: PLR2004 HTTP's own number
             detail += f": {self._address} does not take this one; AGENT_ADMIN_TOKEN must be the agent's"
-        raise AgentRefused(detail)
+        raise AgentRefused(printable(detail))  # names in it come from strangers
 
     def _away(self, error: Exception) -> AgentRefused:
         return AgentRefused(f"no agent answers at {self._address} ({type(error).__name__}): is it running?")
@@ -114,15 +114,19 @@ def _running(file: Path) -> str | None:
     """Return where the agent that wrote the file listens, while its process lives."""
     try:
         written = json.loads(file.read_text())
-        os.kill(int(written["pid"]), 0)
-        return str(written["address"])
-    except PermissionError:  # it lives, as another user
-        return str(written["address"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        address, pid = str(written["address"]), int(written["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # it lives, as another user
+        return address
+    except (ProcessLookupError, OverflowError):
+        return None
+    return address
 
 
-def _kept_alive(address: AddrInfoType) -> socket.socket:
+def _kept_alive(address: aiohttp.AddrInfoType) -> socket.socket:
     """Make a socket that notices when the other machine is gone, however silent the agent is."""
     made = socket.socket(*address[:3])
     made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

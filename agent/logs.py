@@ -111,6 +111,8 @@ def configure(
         )
     )
     logging.basicConfig(handlers=[handler], level=max(logging.WARNING, logging.getLevelName(level.upper())), force=True)
+    # Its pool complains at each try while PostgreSQL is away; the worker tells of that, once.
+    logging.getLogger("asyncpg").setLevel(logging.ERROR)
     logging.captureWarnings(capture=True)
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from agent.domain.activity import Entity, Upload
+from agent.domain.activity import Entity, Listed, Upload
 from agent.errors import OvationError
 
 
@@ -70,6 +70,30 @@ def entity(document: Mapping[str, Any]) -> Entity:
     )
 
 
+def listed(document: Mapping[str, Any]) -> Listed:
+    """Return what the list of an organization's Activities says of one."""
+    given = attributes(document)
+    return Listed(
+        id=identifier(document),
+        created_at=text(given.get("created-at"), ""),
+        updated_at=text(given.get("updated-at"), ""),
+    )
+
+
+def properties(answer: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Return every user's value of each property; true and false as these words."""
+    found: dict[str, tuple[str, ...]] = {}
+    annotations = answer.get("properties")
+    for each in annotations if isinstance(annotations, list) else []:
+        inner_part = each.get("annotation") if isinstance(each, dict) else None
+        if not isinstance(inner_part, dict) or not isinstance(inner_part.get("key"), str):
+            continue
+        value = inner_part.get("value")
+        shown = str(value).lower() if isinstance(value, bool) else text(value, "")
+        found[inner_part["key"]] = (*found.get(inner_part["key"], ()), shown)
+    return found
+
+
 def project_of(document: Mapping[str, Any]) -> str:
     """Return the id of the Project that an Activity belongs to: the first of its `_collaboration_roots`."""
     links = document.get("links")
@@ -88,7 +112,7 @@ def link(document: Mapping[str, Any], *keys: str) -> str:
         found = found.get(key) if isinstance(found, Mapping) else None
     if not isinstance(found, str) or not found:
         kind = text(document.get("type"), "entity")
-        raise OvationError(f"Ovation's answer has a {kind} without {'.'.join(keys)}")
+        raise OvationError(f"Ovation's answer lacks {'.'.join(keys)} of the {kind}")
     return found
 
 

@@ -96,7 +96,7 @@ class Downloader:
             raise away(f"{name}: no connection to its server within {_CONNECT_SECONDS:.0f} s") from None
         except TimeoutError:
             raise away(f"{name}: no byte arrived for {self._stall_seconds:g} s") from None
-        except aiohttp.InvalidURL:
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
             raise StorageRefused(f"{name}: its address is not one that can be read") from None
         except aiohttp.ClientConnectorError as error:
             reason = error.os_error.strerror or type(error).__name__

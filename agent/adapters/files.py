@@ -93,6 +93,8 @@ def open_at(directory: int, name: str, kind: int, needed: int) -> int:
     Raises:
         OSError: it is not there, of another kind, or closed to us.
     """
+    if name in {"", ".", ".."}:
+        raise OSError(errno.EINVAL, "is not a name in a directory", name)
     # Opened as a mere place first: to open a device or a pipe for reading is to do something with it.
     place = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     try:

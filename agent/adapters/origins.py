@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from yarl import URL
 
 from agent.errors import ConfigurationError
+
+_LABEL = re.compile(r"[a-z0-9_-]+")
 
 
 class Origins:
@@ -61,7 +64,9 @@ class Origins:
         if host in self._names:
             return True
         labels = host.split(".")
-        return all(labels) and any(".".join(labels[start:]) in self._endings for start in range(1, len(labels)))
+        return all(map(_LABEL.fullmatch, labels)) and any(
+            ".".join(labels[start:]) in self._endings for start in range(1, len(labels))
+        )
 
 
 def _origin(address: URL) -> tuple[str, str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import TracebackType
@@ -13,7 +14,7 @@ import aiohttp
 from agent import __version__
 from agent.adapters import documents
 from agent.adapters.ovation_http import Connection
-from agent.domain.activity import Activity
+from agent.domain.activity import Activity, Listed
 from agent.errors import OvationNotFound, StorageRefused
 from agent.settings import OvationSettings
 
@@ -101,14 +102,24 @@ class Ovation:
         if entity.get("type") != "Activity":
             raise OvationNotFound(f"{activity_id} is a {entity.get('type')}, not an Activity", status=404)
         own = entity.get("organization_id")
+        inputs, related, properties = await asyncio.gather(
+            self._related(entity, "inputs"), self._related(entity, "actions"), self._properties(entity)
+        )
         return Activity(
             id=documents.identifier(entity),
             organization=own if isinstance(own, int) else organization,
             name=documents.text(documents.attributes(entity).get("name"), activity_id),
             project_id=documents.project_of(entity),
-            inputs=tuple(map(documents.entity, await self._related(entity, "inputs"))),
-            related=tuple(map(documents.entity, await self._related(entity, "actions"))),
+            inputs=tuple(map(documents.entity, inputs)),
+            related=tuple(map(documents.entity, related)),
+            properties=properties,
+            created_at=documents.text(documents.attributes(entity).get("created-at"), ""),
         )
+
+    async def activities(self, organization: int) -> list[Listed]:
+        """Return every Activity of an organization, in one call."""
+        answer = await self._call("GET", f"/api/v1/o/{organization}/activities/")
+        return [documents.listed(document) for document in documents.entities(answer, "activities")]
 
     async def activities_of(self, organization: int, revision_id: str) -> list[str]:
         """Return the ids of the Activities that use a Revision as input or related file."""
@@ -174,6 +185,12 @@ class Ovation:
         body = [{"target_id": revision_id, "inverse_rel": "origins"}]
         path = documents.link(activity, "relationships", "outputs", "self")
         await self._call("POST", path, json=body, repeatable=True)
+
+    async def _properties(self, entity: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+        links = entity.get("links")
+        if not isinstance(links, dict) or not links.get("properties"):
+            return {}
+        return documents.properties(await self._call("GET", documents.link(entity, "links", "properties")))
 
     async def _related(self, entity: Mapping[str, Any], rel: str) -> list[dict[str, Any]]:
         relationships = entity.get("relationships")

@@ -9,7 +9,7 @@ In DIRECTORY:
     spec.json      what to run; written and synced by the executor before the start: the intent
     lock           locked (flock) by the runner from before its claim until it is gone
     claim          who runs it: pid, start time, boot. Made once; whoever finds it there does nothing
-    started.json   the container's pid and start time
+    started.json   the container's pid and start time, written before it runs
     cancel         made by the executor to cancel, with SIGTERM to wake the runner
     exit.json      how it ended; the last thing that is written
     runner.log     what went wrong in the runner itself
@@ -44,7 +44,6 @@ FAILED_CODE = 4  # nothing was started; runner.log says why
 _LOOK_SECONDS = 2.0
 _WAKING = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _STOPPING = frozenset({signal.SIGTERM, signal.SIGINT})
-_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -235,17 +234,17 @@ class Run:
     def start(self) -> None:
         """Start the container in a session of its own."""
         outputs = [self._open_log("stdout"), self._open_log("stderr")]
-        runner = os.getpid()
+        gate, key = os.pipe()
         self.container = os.fork()
         if self.container == 0:
-            self._become_container(outputs, runner)
-        try:
-            for handle in outputs:
-                os.close(handle)
-            write_json(self.directory, STARTED, identity(self.container))
-        except BaseException:
-            send(self.container, signal.SIGKILL)
-            raise
+            os.close(key)
+            self._become_container(gate, outputs)
+        for handle in (gate, *outputs):
+            os.close(handle)
+        # It waits at the gate until its pid is on record, so that none runs of which nobody knows.
+        write_json(self.directory, STARTED, identity(self.container))
+        os.write(key, b".")
+        os.close(key)
 
     def watch(self) -> None:
         """Wait until the container has ended, end it when it must, and write how it ended."""
@@ -334,12 +333,11 @@ class Run:
         path = f"{self.directory}/{self.spec[name]}"
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
-    def _become_container(self, outputs: list[int], runner: int) -> NoReturn:
+    def _become_container(self, gate: int, outputs: list[int]) -> NoReturn:
         try:
             os.setsid()
-            _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # a container without its runner would never be judged
-            if os.getppid() != runner:
-                os._exit(255)
+            if not os.read(gate, 1):
+                os._exit(255)  # the runner is gone
             os.dup2(outputs[0], 1)
             os.dup2(outputs[1], 2)
             for number in (signal.SIGPIPE, signal.SIGXFSZ):
@@ -352,10 +350,11 @@ class Run:
         os._exit(255)
 
 
-def _prctl(option: int, value: int) -> None:
+def _adopt_orphans() -> None:
+    """Become the parent of what the container's processes leave behind, so that it can be ended."""
     import ctypes
 
-    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _detach() -> int:
@@ -384,7 +383,7 @@ def main(directory: str) -> None:
     run = Run(directory)
     try:
         run.claim()
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what the container leaves behind comes to us
+        _adopt_orphans()
         run.start()
         _answer(writer, STARTED_CODE)
         run.watch()

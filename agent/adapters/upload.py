@@ -26,9 +26,8 @@ _PART_MIN_BYTES = 16 << 20
 _MAX_PARTS = 10_000
 _ABORT_SECONDS = 10.0
 _EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"})
-_TRANSIENT = frozenset(
-    {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "BadDigest", "XAmzContentChecksumMismatch"}
-)
+_TRANSIENT = frozenset({"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout"})
+_CHANGED_ON_THE_WAY = frozenset({"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"})
 _HINTS = {
     "InvalidAccessKeyId": "is AWS_ENDPOINT_URL_S3 the store that Ovation uses?",
     "InvalidToken": "is AWS_ENDPOINT_URL_S3 the store that Ovation uses?",
@@ -64,7 +63,9 @@ class Uploader:
         self._settings = settings
         # The session keeps the service's model, which takes 100 ms to load; a client then takes 5.
         self._session: AioSession = get_session()
-        self._config = AioConfig(connect_timeout=10, read_timeout=60, retries={"mode": "standard", "max_attempts": 4})
+        self._config = AioConfig(
+            connect_timeout=10, read_timeout=60, retries={"mode": "standard", "total_max_attempts": 4}
+        )
 
     async def upload(
         self,
@@ -78,7 +79,7 @@ class Uploader:
 
         Raises:
             StorageUnavailable: the store is away or the credentials have expired; try again with fresh ones.
-            StorageMismatch: the file became shorter while it was read.
+            StorageMismatch: the bytes changed on the way, or the file became shorter while it was read.
             StorageRefused: the store refuses for good.
         """
         with _translated(credentials.key):
@@ -166,6 +167,8 @@ def _translated(key: str) -> Iterator[None]:
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         if code in _EXPIRED or code in _TRANSIENT or status >= 500 or status == 429:  # noqa: PLR2004 HTTP's own numbers
             raise StorageUnavailable(f"{name}: the object store answers {code}") from None
+        if code in _CHANGED_ON_THE_WAY:
+            raise StorageMismatch(f"{name}: other bytes arrived in the object store than were sent ({code})") from None
         hint = f"; {_HINTS[code]}" if code in _HINTS else ""
         raise StorageRefused(f"{name}: the object store refuses: {code}{hint}") from None
     except _AWAY as error:

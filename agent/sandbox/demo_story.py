@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import sys
 import time
 from collections.abc import Coroutine
 from contextlib import suppress
@@ -56,6 +58,7 @@ class Story:
         self._target = target
         self._activity: Activity | None = None
         self._job: dict[str, Any] = {}
+        self._totals: dict[str, str] = {}
 
     async def tell(self) -> int:
         """Do the main job; return 0 when it succeeded and its outputs were verified, else 1.
@@ -162,6 +165,8 @@ class Story:
                     self._show(self._job, await client.events(str(self._job["id"])))
                     if output is None and self._job["state"] == "running":
                         output = asyncio.create_task(self._show_output(client, str(self._job["id"])))
+                elif reasons := await client.reasons(self._linked.id):
+                    self._screen.detail(WEBHOOK, "the agent waits: " + "; ".join(reasons))
                 await asyncio.sleep(_POLL_SECONDS)
             if output is not None:
                 await asyncio.wait({output}, timeout=_LOG_SECONDS)
@@ -182,10 +187,12 @@ class Story:
         for stage in JOB_STAGES:
             if stage in took:
                 self._screen.begin(stage, _EXPLAINED[stage])
-                self._screen.done(stage, f"exit code {job['exit_code']}" if stage == "running" else "", took[stage])
+                result = f"exit code {job['exit_code']}" if stage == "running" else self._totals.get(stage, "")
+                self._screen.done(stage, result, took[stage])
             elif stage == job["state"]:
                 self._screen.begin(stage, _EXPLAINED[stage])
-                if detail := job.get("waiting_for") or _progress(job):
+                done, self._totals[stage] = _progress(job)
+                if detail := job.get("waiting_for") or done:
                     self._screen.detail(stage, detail)
 
     async def _deliver(self, person: Person, outputs: list[Output]) -> dict[str, Path]:
@@ -211,14 +218,17 @@ class Story:
         for name, value in rows.items():
             self._screen.say(f"  {name:<13} {value}")
         self._screen.say("In another terminal:")
-        self._screen.say(f"  . {environment} && ovation-agent jobs")
+        self._screen.say(f"  . {environment} && {_program()} jobs")
 
     def say_how_to_see_more(self) -> None:
         """Say what a person may want to do next."""
         self._screen.say("\nTo see more:", "bold")
-        self._screen.say("  ovation-agent demo --keep  leaves everything up and prints its addresses")
-        self._screen.say("  docs/writing-images.md     images of your own, tried with `ovation-agent try`")
-        self._screen.say("  README.md                  the settings for a real Ovation")
+        for place, what in (
+            (f"{_program()} demo --keep", "leaves everything up and prints its addresses"),
+            ("docs/writing-images.md", "images of your own, tried with `ovation-agent try`"),
+            ("README.md", "the settings for a real Ovation"),
+        ):
+            self._screen.say(f"  {place:<26} {what}")
 
     @property
     def _linked(self) -> Activity:
@@ -227,12 +237,19 @@ class Story:
         return self._activity
 
 
-def _progress(job: dict[str, Any]) -> str:
+def _program() -> str:
+    """Return how a person calls the agent in this environment."""
+    return "ovation-agent" if shutil.which("ovation-agent") else f"{sys.executable} -m agent"
+
+
+def _progress(job: dict[str, Any]) -> tuple[str, str]:
+    """Return how far the job's stage is, and what it will have been in the end; empty where the agent has not said."""
     progress = job.get("progress") or {}
-    if not progress.get("files_total"):
-        return ""
-    files = f"{progress.get('files_done', 0)} of {progress['files_total']} files"
-    return f"{files}, {size(progress.get('bytes_done', 0))} of {size(progress.get('bytes_total', 0))}"
+    files, total = progress.get("files_total"), size(progress.get("bytes_total"))
+    if not files:
+        return "", ""
+    done, done_bytes = progress.get("files_done", 0), size(progress.get("bytes_done", 0))
+    return f"{done} of {files} files, {done_bytes} of {total}", f"{files} files, {total}"
 
 
 async def _together(first: Coroutine[Any, Any, _A], second: Coroutine[Any, Any, _B]) -> tuple[_A, _B]:

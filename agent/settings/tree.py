@@ -15,6 +15,7 @@ from agent.settings.types import (
     Address,
     Count,
     DatabaseAddress,
+    Directory,
     HeaderToken,
     Hosts,
     HostsOrOrigins,
@@ -88,9 +89,7 @@ class AgentSettings(_Group):
     database_url: DatabaseAddress | None = Field(
         None, description="A PostgreSQL server. Unset: an embedded one under the data directory."
     )
-    data_dir: Annotated[Path, Field(min_length=1)] = Field(
-        Path("data"), description="Work directories and the embedded database."
-    )
+    data_dir: Directory = Field(Path("data"), description="Work directories and the embedded database.")
     webhook_username: UserName | None = Field(
         None, description="User name that webhooks must carry (basic auth). Research webhooks send their key as both."
     )
@@ -101,6 +100,15 @@ class AgentSettings(_Group):
     )
     executor: Literal["local"] = Field("local", description="Where containers run.")
     settle_seconds: Seconds = Field(10, description="Quiet time after a change before an Activity is judged.")
+    settle_max_seconds: Seconds = Field(
+        300, description="The longest wait for a quiet time: an Activity that never rests is judged all the same."
+    )
+    reconcile_seconds: SomeSeconds = Field(
+        300, description="How often the watched organizations are walked for what no webhook told."
+    )
+    reconcile_looks: Count = Field(
+        100, description="Activities that a walk has looked at although nothing says that they changed."
+    )
     max_staging: Count = Field(4, description="Jobs that fetch their files at the same time.")
     max_running: Count = Field(2, description="Containers that run at the same time.")
     max_collecting: Count = Field(4, description="Jobs that deliver their outputs at the same time.")
@@ -130,6 +138,16 @@ class AgentSettings(_Group):
     def webhooks_are_guarded(self) -> bool:
         """Whether `serve` may start: webhooks carry credentials, or anonymous ones were asked for."""
         return self.webhook_anonymous or self.webhook_username is not None
+
+    @property
+    def admin_token_file(self) -> Path:
+        """Where the agent keeps the bearer token for `/api` that it made."""
+        return self.data_dir / "admin-token"
+
+    @property
+    def address_file(self) -> Path:
+        """Where a running agent says at which address it listens, and its pid."""
+        return self.data_dir / "agent.json"
 
 
 class Settings(BaseSettings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
@@ -12,9 +13,10 @@ from yarl import URL
 _DAY_SECONDS = 86_400
 _HOST = re.compile(r"(\*\.)?[0-9A-Za-z]([0-9A-Za-z.-]{0,251}[0-9A-Za-z])?")
 # What stands between `@` and the database's name: hosts with ports, several of them separated by commas, or nothing.
+_HOST_AND_PORT = r"(?:\[[^\]\s]*\]|[^:,\[\]/?#@\s]*)(?::\d{1,5})?"
 _POSTGRES = re.compile(
     r"postgres(?:ql)?://(?:[^@/?#\s]*@)?"
-    r"(?:(?:\[[^\]\s]*\]|[^:,\[\]/?#@\s]*)(?::\d{1,5})?,?)*"
+    rf"{_HOST_AND_PORT}(?:,{_HOST_AND_PORT})*"
     r"(?:/[^/?#@\s]*)?(?:\?[^#\s]*)?"
 )
 _MOST_ORGANIZATION = 2**31 - 1
@@ -27,6 +29,12 @@ def _split(value: object) -> object:
 def _no_boolean(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("must be a number")  # noqa: TRY004 pydantic reports ValueError
+    return value
+
+
+def _not_empty(value: object) -> object:
+    if value == "":
+        raise ValueError("must name a directory; . is the working directory")
     return value
 
 
@@ -136,6 +144,7 @@ Suffixes = Annotated[
 Organization = Annotated[int, BeforeValidator(_no_boolean), Field(ge=0, le=_MOST_ORGANIZATION)]
 Organizations = Annotated[tuple[Organization, ...], NoDecode, BeforeValidator(_split), Field(min_length=1)]
 
+Directory = Annotated[Path, BeforeValidator(_not_empty)]
 Port = Annotated[int, BeforeValidator(_no_boolean), Field(ge=0, le=65_535)]
 Count = Annotated[int, BeforeValidator(_no_boolean), Field(ge=1, le=10_000)]
 Seconds = Annotated[float, BeforeValidator(_no_boolean), Field(ge=0, le=3650 * _DAY_SECONDS, allow_inf_nan=False)]

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 from agent.adapters.ovation import Ovation
 from agent.db.watched import Watched, WatchList
-from agent.domain.activity import Activity, NotReady, readiness
+from agent.domain.activity import Activity, NotReady, history, readiness
 from agent.domain.webhook import Hint
 from agent.errors import DatabaseError, OvationError, OvationNotFound, OvationUnavailable
 from agent.logs import logger
@@ -92,7 +92,9 @@ class Evaluator:
         due_at = None if seconds is None else datetime.now(UTC) + timedelta(seconds=seconds)
         logger().warning("not_judged", entity_id=watched.entity_id, reason=reason)
         with contextlib.suppress(DatabaseError):
-            await self._watch_list.judged(watched, reasons=(reason,), due_at=due_at, attempt=watched.attempt + 1)
+            await self._watch_list.judged(
+                watched, reasons=(reason,), due_at=due_at, attempt=watched.attempt + 1, gained=watched.gained
+            )
 
     async def _look_at_revision(self, watched: Watched) -> None:
         """A Revision changed: have the Activities that use it looked at."""
@@ -109,26 +111,48 @@ class Evaluator:
         if activity is None:
             await self._watch_list.judged(watched, reasons=(_nowhere(self._organizations(watched)),))
             return
+        before = watched.history
+        if before is None and not watched.gained:
+            # Nobody told what changed, so only what is younger than the agent counts as a change.
+            before = history(activity, await self._watch_list.installed_at())
         live = await self._watch_list.live(activity.id)
         if live is not None:
             reason = f"run {live.run} is under way; what changed is judged when it has ended"
-            await self._watch_list.judged(watched, reasons=(reason,), organization=activity.organization)
+            await self._judged(watched, activity, (reason,), before, gained=watched.gained)
             return
         ran = await self._watch_list.ran(activity.id)
-        judgement = readiness(activity, self._settings.agent.image_suffixes, ran)
+        suffixes = self._settings.agent.image_suffixes
+        judgement = readiness(activity, suffixes, ran, history=before or frozenset())
         if isinstance(judgement, NotReady):
-            again = timedelta(seconds=_UPLOAD_LOOK_SECONDS)
-            due_at = datetime.now(UTC) + again if judgement.waiting else None
             logger().info("activity_not_ready", activity_id=activity.id, reasons=list(judgement.reasons))
-            await self._watch_list.judged(
-                watched, reasons=judgement.reasons, due_at=due_at, organization=activity.organization
-            )
+            again = _UPLOAD_LOOK_SECONDS if judgement.waiting else None
+            await self._judged(watched, activity, judgement.reasons, before, again, gained=judgement.waiting)
             return
-        job, made = await self._watch_list.start(activity, judgement.plan, "webhook")
+        job, made = await self._watch_list.start(activity, judgement.plan, watched.trigger)
         if made:
             logger().info("job_made", job_id=job.id, activity_id=activity.id, run=job.run, image=job.plan.image.name)
             self._on_job()
-        await self._watch_list.judged(watched, organization=activity.organization)
+        await self._judged(watched, activity, (), before)
+
+    async def _judged(
+        self,
+        watched: Watched,
+        activity: Activity,
+        reasons: Sequence[str],
+        before: frozenset[str] | None,
+        again_seconds: float | None = None,
+        *,
+        gained: bool = False,
+    ) -> None:
+        due_at = None if again_seconds is None else datetime.now(UTC) + timedelta(seconds=again_seconds)
+        await self._watch_list.judged(
+            watched,
+            reasons=reasons,
+            due_at=due_at,
+            organization=activity.organization,
+            gained=gained and watched.gained,
+            history=before,
+        )
 
     async def _read(self, watched: Watched) -> Activity | None:
         for organization in self._organizations(watched):

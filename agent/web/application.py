@@ -15,3 +15,15 @@ def application(services: Services) -> web.Application:
     for module in (webhooks, hpc_run, jobs, health):
         app.add_routes(module.routes)
     return app
+
+
+def runner(services: Services) -> web.AppRunner:
+    """Return what serves the application.
+
+    Compressed bodies stay as they come, and are refused: no sender of webhooks compresses, and a small body could
+    become a large one. After an early answer the rest of a body is thrown away for a moment, or the sender would see a
+    broken connection instead.
+    """
+    return web.AppRunner(
+        application(services), access_log=None, shutdown_timeout=2, auto_decompress=False, lingering_time=2
+    )

@@ -104,7 +104,7 @@ async def cancel(request: web.Request) -> web.Response:
     job = await _job(request)
     services = request.app[SERVICES]
     if not await services.jobs.cancel(job.id):
-        raise failure(409, f"the job has ended: it {job.state}")
+        raise failure(409, f"the job has ended already: {job.state}")
     services.on_cancel(job.id)
     return web.json_response(as_json(await _job(request)), status=202)
 

@@ -57,8 +57,8 @@ async def read_json(request: web.Request) -> Any:
     """Return the body's JSON.
 
     Raises:
-        web.HTTPException: 413 above 64 KiB, without reading on; 408 when it does not come; 400 when it is not JSON,
-            saying where.
+        web.HTTPException: 413 above 64 KiB, without reading on; 408 when it does not come; 415 when it is compressed;
+            400 when it is not JSON, saying where.
     """
     body = await _read(request)
     try:
@@ -75,6 +75,8 @@ async def _read(request: web.Request) -> bytes:
     too_large = failure(413, f"the body is larger than {MAX_BODY_BYTES} bytes", {hdrs.CONNECTION: "close"})
     if (request.content_length or 0) > MAX_BODY_BYTES:
         raise too_large
+    if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
+        raise failure(415, "the body is compressed: send it as it is", {hdrs.CONNECTION: "close"})
     body = bytearray()
     try:
         async with asyncio.timeout(_BODY_SECONDS):
@@ -86,7 +88,7 @@ async def _read(request: web.Request) -> bytes:
         problem = f"the body did not come within {_BODY_SECONDS:.0f} seconds"
         raise failure(408, problem, {hdrs.CONNECTION: "close"}) from None
     except web.RequestPayloadError:
-        raise failure(400, "the body is not encoded as its headers say", {hdrs.CONNECTION: "close"}) from None
+        raise failure(400, "the body does not come as its headers say", {hdrs.CONNECTION: "close"}) from None
     return bytes(body)
 
 
@@ -98,6 +100,7 @@ def failure(status: int, detail: str, headers: LooseHeaders | None = None) -> we
         404: web.HTTPNotFound,
         408: web.HTTPRequestTimeout,
         409: web.HTTPConflict,
+        415: web.HTTPUnsupportedMediaType,
         503: web.HTTPServiceUnavailable,
     }
     text = json.dumps({"errors": {"detail": detail}})
@@ -141,8 +144,8 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
             raise
         headers = {hdrs.ALLOW: error.headers[hdrs.ALLOW]} if hdrs.ALLOW in error.headers else None
         return problem(error.status, error.reason.lower(), headers)
-    except ConnectionError:
-        raise  # the client went away: aiohttp knows
-    except Exception:  # noqa: BLE001 a bug: loud in the log, a plain word to the client
+    except Exception as error:  # noqa: BLE001 a bug: loud in the log, a plain word to the client
+        if isinstance(error, ConnectionError) and (request.transport is None or request.transport.is_closing()):
+            return web.Response(status=400)  # the client went away; this reaches nobody
         logger().exception("request_failed", method=request.method, path=request.path)
         return problem(500, "the agent failed at this; its log says more")

@@ -28,6 +28,8 @@ async def webhook(request: web.Request) -> web.Response:
     hints = parse(await read_json(request))
     if isinstance(hints, Unreadable):
         raise failure(400, f"the payload cannot be read: {hints.where}")
+    if request.method == hdrs.METH_DELETE:  # a link that went is no reason for a run
+        hints = tuple(replace(hint, gained=False) for hint in hints)
     if organization := request.match_info.get("org"):
         hints = tuple(replace(hint, organization=int(organization)) for hint in hints)
     if not all(hint.organization is None or 0 <= hint.organization <= MOST_ORGANIZATION for hint in hints):
@@ -43,7 +45,8 @@ async def _store(services: Services, hints: tuple[Hint, ...]) -> None:
 
     The task is left to end by itself: a database that hangs also hangs whoever waits for the statement's cancellation.
     """
-    storing = asyncio.create_task(services.watch_list.hint(hints, services.settings.agent.settle_seconds))
+    settings = services.settings.agent
+    storing = asyncio.create_task(services.watch_list.hint(hints, settings.settle_seconds, settings.settle_max_seconds))
     done, _ = await asyncio.wait({storing}, timeout=_STORE_SECONDS)
     if not done:
         storing.add_done_callback(_end_quietly)

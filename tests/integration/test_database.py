@@ -117,6 +117,26 @@ async def test_a_hint_makes_an_entity_due_after_the_quiet_time(database: Databas
     assert len(look.deliveries) == 2
 
 
+async def test_what_never_comes_to_rest_is_looked_at_all_the_same(database: Database) -> None:
+    watch_list = WatchList(database)
+    hint = Hint("activity-1", "Activity", 0)
+
+    async def due_in() -> float:
+        await watch_list.hint([hint], settle_seconds=60, longest_seconds=100)
+        async with database.connection() as connection:
+            await connection.execute("UPDATE watched SET unquiet_since = unquiet_since - interval '30 seconds'")
+        look = await watch_list.last_look("activity-1")
+        assert look is not None
+        assert look.due_at is not None
+        return (look.due_at - datetime.now(UTC)).total_seconds()
+
+    waits = [await due_in() for _ in range(5)]
+    assert [round(wait, -1) for wait in waits] == [60, 60, 40, 10, -20]
+    [watched] = await watch_list.claim(1, 30, "tests")
+    await watch_list.judged(watched)
+    assert round(await due_in(), -1) == 60
+
+
 async def test_a_hint_during_a_look_is_not_lost(database: Database) -> None:
     watch_list = WatchList(database)
     hint = Hint("activity-1", "Activity", 0)

@@ -49,7 +49,7 @@ class Demo:
         """Wait until `text` has been shown."""
         with self._changed:
             found = self._changed.wait_for(lambda: text in self.text or self._ended, LINE_SECONDS)
-        assert found, f"no {text!r} within {LINE_SECONDS} s:\n{self.text}"
+        assert found, f"no {text!r} within {LINE_SECONDS} s:\n{self.text}\n{self.logs()}"
         assert text in self.text, self.text
 
     def interrupt(self, number: signal.Signals = signal.SIGINT) -> None:
@@ -64,6 +64,10 @@ class Demo:
     def left(self) -> list[str]:
         """Return what is left: processes that have to do with the demo's directory, and its files."""
         return [*mentioning(str(self.home)), *(path.name for path in (self.home / "tmp").iterdir())]
+
+    def logs(self) -> str:
+        """Return what the demo's programs have logged so far."""
+        return "\n".join(path.read_text(encoding="utf-8") for path in self.home.glob("tmp/*/*.log"))
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -302,7 +306,7 @@ def build_shell_image(target: Path, script: str) -> None:
     runscript = root / ".singularity.d/runscript"
     runscript.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
     runscript.chmod(0o755)
-    image._pack(root, target, target.parent)
+    image._pack(image.container_program(), root, target, target.parent)
 
 
 def test_with_keep_everything_stays_up_until_it_is_stopped(start: Callable[..., Demo]) -> None:

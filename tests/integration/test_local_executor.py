@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.adapters import apptainer, runner
+from agent.adapters import apptainer, local, runner
 from agent.adapters.executor import Ended, Ending, NotStarted, Running, RunRequest
 from agent.adapters.local import LocalExecutor
 from agent.domain.container import judge
@@ -318,6 +318,13 @@ async def test_concurrent_starts_make_one_container(tmp_path: Path) -> None:
     assert (request.outputs / "starts").read_text() == "one\n"
 
 
+async def test_a_runner_that_comes_late_does_nothing(tmp_path: Path) -> None:
+    request = make_request(tmp_path, "echo one >> /outputs/starts")
+    await finish(request)
+    assert await local._start_runner(request.directory) == runner.CLAIMED_CODE
+    assert (request.outputs / "starts").read_text() == "one\n"
+
+
 async def test_a_run_is_found_again_after_kill_9_of_the_agent(tmp_path: Path) -> None:
     request = make_request(tmp_path, "echo begun; sleep 1; echo one >> /outputs/starts; exit 5")
     agent = await asyncio.create_subprocess_exec(
@@ -398,6 +405,25 @@ async def test_one_sign_alone_is_not_enough_for_lost(tmp_path: Path) -> None:
     claim.write_text(true_claim)
     await executor.cancel(request)
     assert isinstance(await executor.wait(request, 30), Ended)
+
+
+async def test_a_living_runner_is_believed_without_its_lock(tmp_path: Path) -> None:
+    """Some network file systems lose locks."""
+    request = make_request(tmp_path, "true")
+    request.directory.mkdir()
+    claim = runner.identity(os.getpid()) | {"at": time.time()}
+    (request.directory / runner.CLAIM).write_text(json.dumps(claim))
+    assert isinstance(await LocalExecutor(QUICK).status(request), Running)
+
+
+async def test_a_container_that_cannot_be_recorded_does_not_run(tmp_path: Path) -> None:
+    request = make_request(tmp_path, "echo one >> /outputs/starts")
+    (request.directory / runner.STARTED).mkdir(parents=True)
+    executor = LocalExecutor(QUICK)
+    assert await executor._launch(request, apptainer.find_program()) == runner.FAILED_CODE
+    await until(lambda: not runner.alive(runner.read_json(str(request.directory), runner.CLAIM) or {}))
+    assert "IsADirectoryError" in (request.directory / runner.LOG).read_text()
+    assert list(request.outputs.iterdir()) == []
 
 
 async def test_a_reboot_means_lost(tmp_path: Path) -> None:
@@ -530,6 +556,30 @@ async def test_a_broken_runtime_is_named(tmp_path: Path) -> None:
     program.chmod(0o755)
     with pytest.raises(ExecutorUnavailable, match="libsubid"):
         await LocalExecutor(QUICK, search_path=str(tmp_path)).check()
+
+
+@as_root
+def test_a_user_without_a_passwd_entry_is_told_so() -> None:
+    done = subprocess.run(
+        [_python_for_anybody(), "-c", "from agent.adapters.apptainer import check_user; check_user()"],
+        check=False,
+        capture_output=True,
+        text=True,
+        user=54_321,
+        group=54_321,
+        extra_groups=[],
+        cwd="/",
+        env={"PYTHONPATH": str(Path(apptainer.__file__).parents[2])},
+    )
+    assert "user id 54321, which has no entry in /etc/passwd" in done.stderr
+    assert "useradd --uid 54321" in done.stderr
+
+
+def test_a_machine_without_user_namespaces_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 65534)
+    monkeypatch.setattr(apptainer, "_namespaces_are_off", lambda: True)
+    with pytest.raises(ExecutorUnavailable, match=r"sysctl -w user\.max_user_namespaces"):
+        apptainer.check_user()
 
 
 async def test_a_runner_costs_little(tmp_path: Path) -> None:

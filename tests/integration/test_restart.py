@@ -179,6 +179,15 @@ async def test_an_outage_of_ovation_is_waited_out(lab: Lab) -> None:
     assert (await lab.outputs(activity_id))["ends"] == b"end\n"
 
 
+async def test_the_embedded_server_stops_with_the_agent_that_follows_a_killed_one(lab: Lab) -> None:
+    postgres = lab.data_dir / "postgres"
+    await lab.agent.kill()
+    assert (postgres / "postmaster.pid").exists()
+    agent = await start_again(lab)
+    assert await agent.stop() == 0
+    assert not (postgres / "postmaster.pid").exists()
+
+
 async def test_one_agent_a_data_directory(lab: Lab) -> None:
     environment = agent_environment(lab.sandbox.environment(), lab.directory / "agent")
     with pytest.raises(AssertionError, match="another agent runs on"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.domain.activity import Activity, Entity, NotReady, Ready, Upload, key, readiness
+from agent.domain.activity import Activity, Entity, NotReady, Ready, Upload, history, key, readiness
 
 SUFFIXES = (".sif", ".simg")
 
@@ -49,7 +50,27 @@ def test_inputs_and_one_image_are_enough() -> None:
         ),
         (
             replace(ACTIVITY, related=(IMAGE, revision("b.sif"), revision("C.SIMG"))),
-            "3 images among the related files: C.SIMG, align.sif, b.sif; keep one of them",
+            "3 images among the related files and no compute.image property names one: C.SIMG, align.sif, b.sif",
+            False,
+        ),
+        (
+            replace(ACTIVITY, properties={"compute.image": ("other.sif",)}),
+            "compute.image: no related file is named other.sif; the related files are: align.sif, notes.txt",
+            False,
+        ),
+        (
+            replace(ACTIVITY, properties={"compute.image": ("b.sif", "align.sif")}),
+            "the property compute.image has several values: align.sif, b.sif; keep one of them",
+            False,
+        ),
+        (
+            replace(ACTIVITY, properties={"compute.auto": ("true", "False")}),
+            "the property compute.auto switches automatic runs off; somebody may still ask for one",
+            False,
+        ),
+        (
+            replace(ACTIVITY, properties={"compute.auto": ("perhaps",)}),
+            "the property compute.auto is perhaps, which is neither true nor false",
             False,
         ),
         (
@@ -97,6 +118,18 @@ def test_a_person_may_name_any_related_file() -> None:
     assert judgement.reasons == ("no related file is named other.sif; the related files are: align.sif, notes.txt",)
 
 
+def test_a_property_chooses_among_images() -> None:
+    related = (IMAGE, revision("b.sif"))
+    for wanted in ("b.sif", " b.sif "):
+        activity = replace(ACTIVITY, related=related, properties={"compute.image": (wanted, "b.sif")})
+        assert ready(readiness(activity, SUFFIXES)).plan.image.name == "b.sif"
+
+
+def test_a_person_may_ask_for_a_run_that_would_not_start_by_itself() -> None:
+    activity = replace(ACTIVITY, properties={"compute.auto": ("false",), "compute.image": ("nothing.sif",)})
+    assert ready(readiness(activity, SUFFIXES, image_name="align.sif")).plan.image.name == "align.sif"
+
+
 def test_a_source_is_given_as_json() -> None:
     mouse = Entity("s1", "Source", "mouse 7", Upload.COMPLETE)
     plan = ready(readiness(replace(ACTIVITY, inputs=(mouse, READS)), SUFFIXES)).plan
@@ -123,6 +156,23 @@ def test_a_run_starts_by_itself_exactly_when_something_was_gained(
     gained = (inputs | {image}) - set().union(*ran)
     assert isinstance(judgement, Ready) is bool(gained)
     assert isinstance(readiness(activity, SUFFIXES, ran, image_name="i.sif"), Ready)
+
+
+def test_what_was_there_before_the_agent_starts_nothing() -> None:
+    installed_at = datetime(2026, 5, 1, tzinfo=UTC)
+    old = revision("old.csv", created_at="2026-04-30T23:59:59.000Z")
+    image = revision("align.sif", created_at="2025-01-01T00:00:00Z")
+    activity = Activity("a", 0, "n", "p", (old,), (image,), created_at="2025-01-01T00:00:00Z")
+    before = history(activity, installed_at)
+    assert before == {old.id, image.id}
+    [reason] = not_ready(readiness(activity, SUFFIXES, history=before)).reasons
+    assert reason.startswith("nothing new since the agent was installed")
+    grown = replace(activity, inputs=(old, revision("new.csv", created_at="2026-05-02T00:00:00Z")))
+    assert history(grown, installed_at) == before
+    ready(readiness(grown, SUFFIXES, history=before))
+    ready(readiness(activity, SUFFIXES, history=before, image_name="align.sif"))
+    young = replace(activity, created_at="2026-05-01T00:00:00Z")
+    assert history(young, installed_at) == frozenset()
 
 
 def test_what_ran_is_remembered_by_inputs_and_image_alone() -> None:

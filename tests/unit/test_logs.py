@@ -160,6 +160,7 @@ def test_tracebacks_show_no_secret(log_format: Any, monkeypatch: pytest.MonkeyPa
 def test_libraries_and_warnings_take_the_same_form(log: io.StringIO) -> None:
     logging.getLogger("asyncio").error("Task exception was never retrieved: %s", f"Bearer {JWT}")
     logging.getLogger("aiohttp.server").info("not worth a line")
+    logging.getLogger("asyncpg.pool").warning("the worker tells of outages")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         logging.captureWarnings(capture=True)

@@ -16,7 +16,12 @@ CREATE TABLE watched (
     entity_type  text        NOT NULL CHECK (entity_type IN ('Activity', 'Revision')),
     organization integer,    -- NULL until a payload or a look has named it
     changed_at   timestamptz NOT NULL,
+    unquiet_since timestamptz, -- the first change since the last look: bounds the wait for a quiet time
     due_at       timestamptz,
+    cause        text        NOT NULL DEFAULT 'webhook' CHECK (cause IN ('webhook', 'reconcile')),
+    gained       boolean     NOT NULL DEFAULT false, -- somebody told that an input or a related file was added
+    listed_at    text,        -- the updated-at with which reconciliation last saw it
+    history      text[],      -- what was linked before the agent was installed; NULL until somebody looked
     generation   bigint      NOT NULL DEFAULT 1,
     lease_token  bigint      NOT NULL DEFAULT 0,
     lease_until  timestamptz,
@@ -26,6 +31,18 @@ CREATE TABLE watched (
     reasons      text[]      NOT NULL DEFAULT '{}'
 );
 CREATE INDEX watched_due ON watched (due_at) WHERE due_at IS NOT NULL;
+CREATE INDEX watched_oldest_look ON watched (organization, judged_at NULLS FIRST) WHERE entity_type = 'Activity';
+
+-- When each organization is to be walked next. Several agents share it; the one that holds the lease walks.
+CREATE TABLE reconciliations (
+    organization integer     PRIMARY KEY,
+    due_at       timestamptz NOT NULL DEFAULT now(),
+    lease_token  bigint      NOT NULL DEFAULT 0,
+    lease_until  timestamptz,
+    finished_at  timestamptz,
+    activities   integer,
+    changed      integer
+);
 
 CREATE TABLE jobs (
     id                uuid        PRIMARY KEY,

@@ -54,12 +54,13 @@ def ensure(cache: Path, say: Callable[[str], None]) -> Path:
     if image.is_file():
         image.touch()
         return image
+    program = container_program()
     with _working_directory(cache) as work:
         root, built = work / "root", work / image.name
         root.mkdir()
         assemble(root, say)
         say("packing")
-        _pack(root, built, work)
+        _pack(program, root, built, work)
         built.replace(image)
     _forget_old_images(image)
     return image
@@ -128,8 +129,7 @@ def _working_directory(cache: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _pack(root: Path, image: Path, work: Path) -> None:
-    program = container_program()
+def _pack(program: str, root: Path, image: Path, work: Path) -> None:
     environment = {
         "PATH": os.environ.get("PATH", os.defpath),
         "HOME": str(work),

@@ -108,8 +108,8 @@ def _draw_slopes(axes: Axes, findings: Findings) -> None:
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel(_slope_label(findings))
-    axes.set_title(f"Slopes, {findings.parameters.confidence_level * 100:g} % intervals (thin: bootstrap)")
+    axes.set_xlabel(f"{_slope_label(findings)}   (thin lines: bootstrap)")
+    axes.set_title(f"Slopes, {findings.parameters.confidence_level * 100:g} % intervals")
 
 
 def _summary(findings: Findings) -> Iterator[str]:
