@@ -39,11 +39,9 @@ from agent.pipeline.worker import Worker
 from agent.settings import Settings
 from agent.trigger.evaluate import Evaluator
 from agent.trigger.reconcile import Reconciler
-from agent.web.application import application
+from agent.web.application import runner as runner_of
 from agent.web.state import Services
 
-ADMIN_TOKEN_FILE = "admin-token"  # noqa: S105 the file's name
-ADDRESS_FILE = "agent.json"
 _SWEEP_SECONDS = 3600.0
 
 
@@ -66,6 +64,10 @@ async def serve(settings: Settings) -> None:
         raise ConfigurationError(
             "webhooks would be taken from anybody: set AGENT_WEBHOOK_USERNAME and AGENT_WEBHOOK_PASSWORD,"
             " or AGENT_WEBHOOK_ANONYMOUS=true for a trial on one machine"
+        )
+    if settings.ovation.token is None and settings.ovation.client_id is None:
+        raise ConfigurationError(
+            "the agent has no account in Ovation: set OVATION_TOKEN, or OVATION_CLIENT_ID and OVATION_CLIENT_SECRET"
         )
     stop = _stop_on_signals()
     async with _open(settings) as agent:
@@ -91,7 +93,7 @@ def executor_for(settings: Settings) -> Executor:
 @asynccontextmanager
 async def _open(settings: Settings) -> AsyncIterator[_Agent]:
     data_dir = _data_dir(settings)
-    admin_token = _admin_token(settings, data_dir)
+    admin_token = _admin_token(settings)
     async with AsyncExitStack() as stack:
         stack.enter_context(_alone(data_dir))
         database: Database = await stack.enter_async_context(connect(settings.agent))
@@ -144,7 +146,7 @@ async def _check(agent: _Agent, settings: Settings) -> None:
 @asynccontextmanager
 async def _listen(services: Services, settings: Settings) -> AsyncIterator[str]:
     host, port = settings.agent.host, settings.agent.port
-    runner = web.AppRunner(application(services), access_log=None, shutdown_timeout=2)
+    runner = runner_of(services)
     await runner.setup()
     try:
         try:
@@ -155,9 +157,10 @@ async def _listen(services: Services, settings: Settings) -> AsyncIterator[str]:
             ) from None
         port = runner.addresses[0][1]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        _write_private(_data_dir(settings) / ADDRESS_FILE, json.dumps({"address": address, "pid": os.getpid()}))
+        _write_private(settings.agent.address_file, json.dumps({"address": address, "pid": os.getpid()}))
         yield address
     finally:
+        settings.agent.address_file.unlink(missing_ok=True)
         await runner.cleanup()
 
 
@@ -229,14 +232,16 @@ def _alone(data_dir: Path) -> Iterator[None]:
         yield
 
 
-def _admin_token(settings: Settings, data_dir: Path) -> str:
+def _admin_token(settings: Settings) -> str:
     if settings.agent.admin_token is not None:
         return settings.agent.admin_token.get_secret_value()
-    path = data_dir / ADMIN_TOKEN_FILE
-    with contextlib.suppress(FileNotFoundError):
-        return path.read_text().strip()
-    token = secrets.token_urlsafe(32)
-    _write_private(path, token)
+    path = settings.agent.admin_token_file
+    try:
+        token = path.read_text().strip()
+    except FileNotFoundError:
+        token = secrets.token_urlsafe(32)
+        _write_private(path, token)
+    logs.hide([token])
     return token
 
 

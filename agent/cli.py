@@ -198,7 +198,7 @@ def rerun(config: Path | None, job: str) -> None:
 @main.command("try")
 @click.argument("image", type=click.Path(path_type=Path))
 @click.option("--inputs", required=True, type=click.Path(path_type=Path), help="What the image sees as /inputs.")
-@click.option("--related", type=click.Path(path_type=Path), help="What it sees as /related. Default: the image alone.")
+@click.option("--related", type=click.Path(path_type=Path), help="What it sees as /related. Default: nothing.")
 @click.option(
     "--outputs", type=click.Path(path_type=Path), default="outputs", show_default=True, help="What it sees as /outputs."
 )

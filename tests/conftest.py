@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
@@ -67,24 +68,25 @@ def with_database(url: str, name: str) -> str:
 @pytest.fixture(params=["embedded", "server"])
 async def empty_database_url(request: pytest.FixtureRequest) -> AsyncIterator[str]:
     """A fresh, empty database on each kind of server in turn."""
-    url: str = request.getfixturevalue(f"{request.param}_url")
-    async for fresh in _fresh_database(url):
-        yield fresh
+    async with fresh_database(request.getfixturevalue(f"{request.param}_url")) as url:
+        yield url
 
 
 @pytest.fixture
 async def database_url(server_url: str) -> AsyncIterator[str]:
     """A fresh, empty database on Debian's server."""
-    async for fresh in _fresh_database(server_url):
-        yield fresh
+    async with fresh_database(server_url) as url:
+        yield url
 
 
-async def _fresh_database(url: str) -> AsyncIterator[str]:
+@asynccontextmanager
+async def fresh_database(server_url: str) -> AsyncIterator[str]:
+    """Make an empty database on a server, and drop it in the end."""
     name = f"test_{uuid.uuid4().hex}"
-    connection = await asyncpg.connect(url)
+    connection = await asyncpg.connect(server_url)
     try:
         await connection.execute(f"CREATE DATABASE {name}")
-        yield with_database(url, name)
+        yield with_database(server_url, name)
         await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
     finally:
         await connection.close()

@@ -24,6 +24,8 @@ from agent.settings import AwsSettings
 _SINGLE_MAX_BYTES = 16 << 20
 _PART_MIN_BYTES = 16 << 20
 _MAX_PARTS = 10_000
+_CONNECT_SECONDS = 10
+_STALL_SECONDS = 60
 _ABORT_SECONDS = 10.0
 _EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"})
 _TRANSIENT = frozenset({"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout"})
@@ -64,7 +66,9 @@ class Uploader:
         # The session keeps the service's model, which takes 100 ms to load; a client then takes 5.
         self._session: AioSession = get_session()
         self._config = AioConfig(
-            connect_timeout=10, read_timeout=60, retries={"mode": "standard", "total_max_attempts": 4}
+            connect_timeout=_CONNECT_SECONDS,
+            read_timeout=_STALL_SECONDS,
+            retries={"mode": "standard", "total_max_attempts": 4},
         )
 
     async def upload(

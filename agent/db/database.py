@@ -41,6 +41,8 @@ async def translated(target: str) -> AsyncIterator[None]:
         raise DatabaseError(f"PostgreSQL at {target} refuses the sign-in: {error}") from None
     except asyncpg.InvalidCatalogNameError as error:
         raise DatabaseError(f"PostgreSQL at {target}: {error}; create it with `createdb`") from None
+    except asyncpg.DataError:
+        raise  # a value that does not fit: some of these are InterfaceErrors too, and no outage
     except _AWAY as error:
         raise DatabaseError(f"PostgreSQL at {target} cannot be reached: {error}") from None
 

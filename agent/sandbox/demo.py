@@ -7,6 +7,7 @@ API: files are uploaded to an Activity, and seconds later the results are on the
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +33,9 @@ def run(*, keep: bool = False, directory: Path | None = None, outputs: Path | No
     up until SIGINT or SIGTERM, and the directory stays after it. Returns 1 when something failed, and 128 + the
     signal's number when a signal ended it; no process is left in any case.
     """
+    # botocore reads them in this process too, and a profile of a real account has no place in the sandbox.
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        del os.environ[name]
     with suppress(KeyboardInterrupt):
         return asyncio.run(_supervised(keep, directory, (outputs or DEFAULT_OUTPUTS).absolute()))
     return 128 + signal.SIGINT
@@ -85,10 +89,12 @@ async def _supervised(keep: bool, directory: Path | None, outputs: Path) -> int:
     except asyncio.CancelledError:
         code = 128 + (interruption.number or signal.SIGINT)
     finally:
-        await story.end(interruption.hurry)
-        left = await services.end(interruption.hurry)
-        reaper.cancel()
-        home.close()
+        try:
+            await story.end(interruption.hurry)
+        finally:
+            left = await services.end(interruption.hurry)
+            reaper.cancel()
+            home.close()
     if left:
         screen.say(f"error: these processes do not end: {', '.join(map(str, left))}", "red")
         return code or 1

@@ -6,6 +6,7 @@ import asyncio
 import codecs
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from datetime import datetime
 from itertools import pairwise
 from typing import Any, Self
@@ -76,20 +77,21 @@ class AgentClient:
             return ""
 
     async def follow(self, job_id: str) -> AsyncIterator[str]:
-        """Yield the lines of the container's standard output as they come, until it ends."""
+        """Yield the lines of the container's standard output as they come, until it ends or the agent does."""
+        path = f"/api/jobs/{job_id}/logs/stdout?follow=1"
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         rest = ""
-        path = f"/api/jobs/{job_id}/logs/stdout?follow=1"
-        async with self._session.get(path, timeout=_FOLLOW_TIMEOUT) as answer:
-            if not answer.ok:
-                return
-            async for chunk in answer.content.iter_any():
-                *lines, rest = (rest + decoder.decode(chunk)).split("\n")
-                for line in lines:
-                    yield printable(line)
-                while len(rest) > _LINE_CHARACTERS:
-                    yield printable(rest[:_LINE_CHARACTERS])
-                    rest = rest[_LINE_CHARACTERS:]
+        with suppress(aiohttp.ClientError):
+            async with self._session.get(path, timeout=_FOLLOW_TIMEOUT) as answer:
+                if not answer.ok:
+                    return
+                async for chunk in answer.content.iter_any():
+                    *lines, rest = (rest + decoder.decode(chunk)).split("\n")
+                    # A line without an end is shown as far as it goes rather than kept.
+                    if len(rest) > _LINE_CHARACTERS:
+                        lines, rest = [*lines, rest], ""
+                    for line in lines:
+                        yield printable(line)
         if rest:
             yield printable(rest)
 
@@ -103,9 +105,16 @@ class AgentClient:
                 return
             for job_id in set(live) - asked:
                 asked.add(job_id)
-                async with self._session.post(f"/api/jobs/{job_id}/cancel"):
-                    pass
+                await self._post(f"/api/jobs/{job_id}/cancel")
             await asyncio.sleep(_POLL_SECONDS)
+
+    async def _post(self, path: str) -> None:
+        """Ask, whatever the answer: a job that has ended by itself meanwhile cannot be cancelled any more."""
+        try:
+            async with self._session.post(path):
+                pass
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise DemoFailed(f"POST {path}: {error or type(error).__name__}") from error
 
     @property
     def _session(self) -> aiohttp.ClientSession:

@@ -116,24 +116,22 @@ class Person:
             raise DemoFailed(f"{output.name} is in Ovation, but its upload is {output.status}")
         where = await self._call("GET", output.url)
         url = URL(where["url"], encoded=True)  # it is signed as it stands
-        digest, size = hashlib.md5(usedforsecurity=False), 0
-        async with aiohttp.ClientSession(timeout=_TIMEOUT) as http, http.get(url) as answer:
-            if answer.status != 200:  # noqa: PLR2004 OK
-                raise DemoFailed(f"the bytes of {output.name} were answered with {answer.status}")
-            etag = answer.headers.get("ETag", "").strip('"')
-            with target.open("wb") as file:
-                async for chunk in answer.content.iter_chunked(_CHUNK_BYTES):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    size += len(chunk)
+        try:
+            size, digest, etag = await _fetch(url, target)
+        except aiohttp.ClientResponseError as error:
+            # Its text would show the address, which is signed.
+            raise DemoFailed(f"the bytes of {output.name} were answered with {error.status}") from None
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise DemoFailed(f"the bytes of {output.name} did not come: {type(error).__name__}") from None
         if output.bytes is not None and size != output.bytes:
             raise DemoFailed(f"{output.name} has {size} bytes, Ovation says {output.bytes}")
         # The ETag of an object that came in parts is not the digest of its bytes; it ends in their number.
-        if "-" not in etag and digest.hexdigest() != etag:
-            raise DemoFailed(f"{output.name} has the MD5 digest {digest.hexdigest()}, the object store says {etag}")
+        if "-" not in etag and digest != etag:
+            raise DemoFailed(f"{output.name} has the MD5 digest {digest}, the object store says {etag}")
 
     async def _put(self, aws: Mapping[str, Any], file: Path, content_type: str) -> None:
         from aiobotocore.session import get_session
+        from botocore.exceptions import BotoCoreError, ClientError
 
         client = get_session().create_client(
             "s3",
@@ -143,15 +141,13 @@ class Person:
             aws_secret_access_key=aws["secret_access_key"],
             aws_session_token=aws["session_token"],
         )
-        async with client as s3:
-            with file.open("rb") as body:
-                await s3.put_object(
-                    Bucket=aws["bucket"],
-                    Key=aws["key"],
-                    Body=body,
-                    ContentType=content_type,
-                    ServerSideEncryption="AES256",
-                )
+        where = {"Bucket": aws["bucket"], "Key": aws["key"]}
+        try:
+            async with client as s3:
+                with file.open("rb") as body:
+                    await s3.put_object(**where, Body=body, ContentType=content_type, ServerSideEncryption="AES256")
+        except (BotoCoreError, ClientError) as error:
+            raise DemoFailed(f"the upload of {file.name} to the object store: {error}") from error
 
     async def _call(self, method: str, path: str, body: Any = None) -> Any:
         if self._http is None:
@@ -192,6 +188,19 @@ class SandboxControl:
                 return (await answer.json())["result"]
         except aiohttp.ClientError as error:
             raise DemoFailed(f"{name} in the sandbox: {error or type(error).__name__}") from error
+
+
+async def _fetch(url: URL, target: Path) -> tuple[int, str, str]:
+    """Fetch an object into `target`; return its length, its MD5 digest, and its ETag as the store says it."""
+    digest, size = hashlib.md5(usedforsecurity=False), 0
+    async with aiohttp.ClientSession(timeout=_TIMEOUT, raise_for_status=True) as http, http.get(url) as answer:
+        etag = answer.headers.get("ETag", "").strip('"')
+        with target.open("wb") as file:
+            async for chunk in answer.content.iter_chunked(_CHUNK_BYTES):
+                file.write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+    return size, digest.hexdigest(), etag
 
 
 def _path(rest: str) -> str:

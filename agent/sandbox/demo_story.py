@@ -6,10 +6,9 @@ import asyncio
 import shutil
 import sys
 import time
-from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from agent.sandbox.demo_agent import JOB_STAGES, TERMINAL, AgentClient, stage_seconds
 from agent.sandbox.demo_errors import DemoFailed
@@ -43,9 +42,6 @@ _LOG_SECONDS = 5
 _CANCEL_SECONDS = 20.0
 _POLL_SECONDS = 0.1
 
-_A = TypeVar("_A")
-_B = TypeVar("_B")
-
 
 class Story:
     """One telling of it."""
@@ -73,12 +69,14 @@ class Story:
         try:
             sandbox = await self._start_sandbox()
             control = SandboxControl(sandbox.api_url, sandbox.control_token)
-            async with Person(sandbox.api_url, sandbox.s3_url, await control.token_of(PERSON)) as person:
-                agent, revisions = await _together(self._start_agent(), self._upload(person, image))
-                await control.ask_for_webhooks(f"{agent.url}/webhooks/ovation", agent.webhook_key)
-                async with AgentClient(agent.url, agent.admin_token) as client:
-                    await self._link(person, revisions)
-                    return await self._see_to_the_end(person, client)
+            agent = await self._start_agent()
+            await control.ask_for_webhooks(f"{agent.url}/webhooks/ovation", agent.webhook_key)
+            async with (
+                Person(sandbox.api_url, sandbox.s3_url, await control.token_of(PERSON)) as person,
+                AgentClient(agent.url, agent.admin_token) as client,
+            ):
+                await self._link(person, await self._upload(person, await image))
+                return await self._see_to_the_end(person, client)
         finally:
             image.cancel()
             await asyncio.gather(image, return_exceptions=True)
@@ -130,9 +128,9 @@ class Story:
         self._screen.done(AGENT, f"`serve` at {address.url}, with an embedded PostgreSQL")
         return address
 
-    async def _upload(self, person: Person, image: asyncio.Task[Path]) -> dict[str, str]:
+    async def _upload(self, person: Person, image: Path) -> dict[str, str]:
         """Make the Project and the Activity, and upload all files; return each one's Revision by name."""
-        files = {name: SAMPLE / name for name in INPUTS} | {IMAGE_NAME: await image}
+        files = {name: SAMPLE / name for name in INPUTS} | {IMAGE_NAME: image}
         total = sum(path.stat().st_size for path in files.values())
         self._screen.begin(UPLOAD)
         self._activity = await person.create_activity("Palmer penguins", "Body mass against flipper length")
@@ -176,9 +174,8 @@ class Story:
         return self._job
 
     async def _show_output(self, client: AgentClient, job_id: str) -> None:
-        with suppress(DemoFailed):
-            async for line in client.follow(job_id):
-                self._screen.container(line)
+        async for line in client.follow(job_id):
+            self._screen.container(line)
 
     def _show(self, job: dict[str, Any], events: list[dict[str, Any]]) -> None:
         image = f"job {job['id'][:8]} of {job['image_name']}"
@@ -250,14 +247,3 @@ def _progress(job: dict[str, Any]) -> tuple[str, str]:
         return "", ""
     done, done_bytes = progress.get("files_done", 0), size(progress.get("bytes_done", 0))
     return f"{done} of {files} files, {done_bytes} of {total}", f"{files} files, {total}"
-
-
-async def _together(first: Coroutine[Any, Any, _A], second: Coroutine[Any, Any, _B]) -> tuple[_A, _B]:
-    """Do both at the same time; when one fails the other is cancelled, and over before this returns."""
-    one, other = asyncio.create_task(first), asyncio.create_task(second)
-    try:
-        return await asyncio.gather(one, other)
-    finally:
-        one.cancel()
-        other.cancel()
-        await asyncio.wait({one, other})

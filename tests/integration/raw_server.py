@@ -52,6 +52,8 @@ class RawServer:
         try:
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
             length = next((line[15:] for line in head.lower().split("\r\n") if line.startswith("content-length:")), "0")
+            if "expect: 100-continue" in head.lower():
+                writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             body = await reader.readexactly(int(length))
             self.heard.append(head + body.decode("latin-1"))
             given = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]

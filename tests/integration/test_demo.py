@@ -127,6 +127,7 @@ def start(cache: Path) -> Iterator[Callable[..., Demo]]:
         (home / "tmp").mkdir()
         # Settings of a real agent must not matter.
         real = {"OVATION_API_URL": "https://ovation.invalid", "AGENT_DATABASE_URL": "postgresql://nowhere.invalid/x"}
+        real["AWS_PROFILE"] = "of-a-real-account"
         own = {"TMPDIR": str(home / "tmp"), "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(REPOSITORY)}
         process = subprocess.Popen(
             [*through, sys.executable, "-m", "agent", "demo", *options],

@@ -272,6 +272,17 @@ async def test_nobody_listens(sandbox: Sandbox, tmp_path: Path) -> None:
     await output.refused(StorageUnavailable, "cannot be reached", endpoint="http://127.0.0.1:1")
 
 
+@pytest.mark.parametrize("size", [5, BORDER + 1])
+async def test_a_store_that_says_nothing_is_not_waited_for_for_ever(
+    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(upload, "_STALL_SECONDS", 0.3)
+    output = await Output.begin(sandbox, tmp_path / "x", content_of(size))
+    fault = sandbox.faults.add("black_hole", target="store", path="PUT |POST ")
+    await asyncio.wait_for(output.refused(StorageUnavailable, "cannot be reached"), 60)
+    assert fault.hits == 4
+
+
 @pytest.mark.parametrize("fault", [{"kind": "reset_request", "after_bytes": 100_000}, {"kind": "lost_answer"}])
 @pytest.mark.parametrize("size", [MEBIBYTE, 2 * BORDER + 5])
 async def test_a_line_that_breaks_is_tried_again(
