@@ -99,7 +99,9 @@ async def _open(settings: Settings) -> AsyncIterator[_Agent]:
         database: Database = await stack.enter_async_context(connect(settings.agent))
         await database.check()
         ovation = await stack.enter_async_context(Ovation.open(settings.ovation))
-        downloader = await stack.enter_async_context(Downloader(settings.agent.remote_hosts))
+        downloader = await stack.enter_async_context(
+            Downloader(settings.agent.remote_hosts, remote_max_bytes=settings.agent.remote_max_bytes)
+        )
         context = Context(
             settings=settings.agent,
             jobs=Jobs(database),

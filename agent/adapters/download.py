@@ -43,8 +43,14 @@ class Downloader:
     outage.
     """
 
-    def __init__(self, remote_hosts: Sequence[str] = (), stall_seconds: float = _STALL_SECONDS) -> None:
+    def __init__(
+        self,
+        remote_hosts: Sequence[str] = (),
+        stall_seconds: float = _STALL_SECONDS,
+        remote_max_bytes: int | None = None,
+    ) -> None:
         self._stall_seconds = stall_seconds
+        self._remote_max_bytes = remote_max_bytes
         self._guard = RemoteGuard(remote_hosts)
         self._store = self._session(aiohttp.TCPConnector(limit=0))
         self._remote = self._session(aiohttp.TCPConnector(limit=0, resolver=self._guard, force_close=True))
@@ -115,7 +121,8 @@ class Downloader:
                     address = address.join(_address(response.headers.get("Location", "")))
                     continue
                 _check_status(response.status, remote=remote)
-                return await _save(response, path, progress, vouched=not remote)
+                most_bytes = self._remote_max_bytes if remote else None
+                return await _save(response, path, progress, vouched=not remote, most_bytes=most_bytes)
         raise StorageRefused(f"more than {_MAX_REDIRECTS} redirects")
 
 
@@ -139,7 +146,12 @@ def _check_status(status: int, *, remote: bool) -> None:
 
 
 async def _save(
-    response: aiohttp.ClientResponse, path: Path, progress: Callable[[int], None], *, vouched: bool
+    response: aiohttp.ClientResponse,
+    path: Path,
+    progress: Callable[[int], None],
+    *,
+    vouched: bool,
+    most_bytes: int | None,
 ) -> Fetched:
     part = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}.part")
     sha256, md5, size = hashlib.sha256(), hashlib.md5(usedforsecurity=False), 0
@@ -152,6 +164,8 @@ async def _save(
                 sha256.update(chunk)
                 md5.update(chunk)
                 size += len(chunk)
+                if most_bytes is not None and size > most_bytes:
+                    raise StorageRefused(f"it is larger than {most_bytes} bytes (AGENT_REMOTE_MAX_BYTES)")
                 progress(len(chunk))
         finally:
             os.close(descriptor)

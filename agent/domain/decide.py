@@ -27,6 +27,7 @@ class Limits:
     attempts: int = 5
     backoff_seconds: float = 2.0
     backoff_max_seconds: float = 60.0
+    refused_seconds: float = 600.0  # between tries of a delivery that was refused for good: only a person can help
 
 
 _NEXT = {
@@ -102,7 +103,8 @@ def _failed(job: Job, failed: Failed, now: datetime, limits: Limits, jitter: flo
             started_at=job.started_at,
             waiting_for=None,
         )
-    return _stay(job, now + _backoff(attempt, limits, jitter), attempt, failed.fault.message)
+    wait = timedelta(seconds=limits.refused_seconds) if failed.final else _backoff(attempt, limits, jitter)
+    return _stay(job, now + wait, attempt, failed.fault.message)
 
 
 def _stay(job: Job, due_at: datetime, attempt: int, waiting_for: str) -> Move:

@@ -7,6 +7,7 @@ the record, and looks into the run's Folder for what was made just before the re
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ _AT_ONCE = 8
 _CONTAINER_ENDS_SECONDS = 1.0
 _LOGS = ("stdout.log", "stderr.log")
 _MOST_NAMED = 20
+_NOT_THE_FILES_FAULT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ async def collect(context: Context, claim: Claim, control: Control) -> Outcome:
     await delivery.deliver(logs)
     await delivery.make_folders(tree.folders)
     await delivery.deliver([_item(request.outputs, file) for file in tree.files])
-    return Done(note=_note(tree))
+    return Done(note=_note(replace(tree, skipped=(*tree.skipped, *delivery.unreadable))))
 
 
 def _item(root: Path, file: Found) -> _Item:
@@ -71,7 +73,7 @@ def _note(tree: Tree) -> str | None:
     if tree.skipped:
         listed = ", ".join(f"{_printable(path)} ({kind})" for path, kind in tree.skipped[:_MOST_NAMED])
         more = f" and {len(tree.skipped) - _MOST_NAMED} more" if len(tree.skipped) > _MOST_NAMED else ""
-        return f"not delivered, because only regular files are: {listed}{more}"
+        return f"not delivered, because only regular files that can be read are: {listed}{more}"
     return None if tree.files else "the container left nothing in /outputs"
 
 
@@ -109,6 +111,7 @@ class _Delivery:
         self._folders: dict[str, Mapping[str, Any]] = {}
         self._standing: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
         self._resumed = False
+        self.unreadable: list[tuple[str, str]] = []  # (path, why)
 
     @classmethod
     async def begin(cls, context: Context, claim: Claim, control: Control) -> _Delivery:
@@ -186,16 +189,22 @@ class _Delivery:
             self._control.progress.add_bytes(item.size)
             return
         if not record.uploaded:
-            record = await self._upload(item, record)
+            try:
+                descriptor = await asyncio.to_thread(open_below, item.root, item.path)
+            except OSError as error:  # one file that cannot be read must not hold up the others
+                if error.errno in _NOT_THE_FILES_FAULT:
+                    raise
+                self.unreadable.append((item.path, error.strerror or str(error)))
+                return
+            record = await self._upload(item, descriptor, record)
         if record.revision_id is not None:
             await self._context.ovation.add_output(self._activity, record.revision_id)
         await self._save(replace(record, linked=True))
 
-    async def _upload(self, item: _Item, record: Output) -> Output:
+    async def _upload(self, item: _Item, descriptor: int, record: Output) -> Output:
         ovation, organization = self._context.ovation, self._claim.job.organization
         folder_path, _, name = item.path.rpartition("/")
         shown = _printable(name)
-        descriptor = await asyncio.to_thread(open_below, item.root, item.path)
         try:
             size = os.fstat(descriptor).st_size
             if record.entity_id is None:

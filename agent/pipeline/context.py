@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -77,6 +77,3 @@ class Step(Protocol):
     def __call__(self, context: Context, claim: Claim, control: Control) -> Awaitable[Outcome]:
         """Do the work and return what came of it."""
         ...
-
-
-Steps = Callable[[Context, Claim, Control], Awaitable[Outcome]]

@@ -44,7 +44,8 @@ class Stage:
     started: float = 0.0
     seconds: float | None = None
     detail: str = ""
-    told: float = 0.0
+    told_at: float = 0.0
+    told_detail: str = ""
 
 
 class Screen:
@@ -76,14 +77,14 @@ class Screen:
         stage = self._stages[name]
         if stage.mark is Mark.WAITING:
             stage.mark, stage.started, stage.detail = Mark.WORKING, time.monotonic(), detail
-            self._tell(stage, "…", always=True)
+            self._tell(stage, "…")
 
     def detail(self, name: str, detail: str) -> None:
-        """Say how far the stage is."""
+        """Say how far the stage is; may be called often."""
         stage = self._stages[name]
-        if stage.detail != detail:
-            stage.detail = detail
-            self._tell(stage, "…", always=False)
+        stage.detail = detail
+        if detail != stage.told_detail and time.monotonic() - stage.told_at > _DETAIL_SECONDS:
+            self._tell(stage, "…")
 
     def done(self, name: str, detail: str = "", seconds: float | None = None) -> None:
         """Mark a stage as done, in the time measured here unless `seconds` says better."""
@@ -93,7 +94,7 @@ class Screen:
         measured = time.monotonic() - stage.started if stage.mark is Mark.WORKING else 0.0
         stage.mark, stage.seconds = Mark.DONE, measured if seconds is None else seconds
         stage.detail = detail or stage.detail
-        self._tell(stage, f"done in {stage.seconds:.1f} s", always=True)
+        self._tell(stage, f"done in {stage.seconds:.1f} s")
 
     def fail_open(self, why: str) -> None:
         """Mark whatever is being worked on as failed."""
@@ -101,7 +102,7 @@ class Screen:
             if stage.mark is Mark.WORKING:
                 stage.mark, stage.seconds = Mark.FAILED, time.monotonic() - stage.started
                 stage.detail = why
-                self._tell(stage, "stopped", always=True)
+                self._tell(stage, "stopped")
 
     def container(self, line: str) -> None:
         """Show a line that the container wrote."""
@@ -120,11 +121,10 @@ class Screen:
         """Show something larger."""
         self.console.print(what)
 
-    def _tell(self, stage: Stage, what: str, *, always: bool) -> None:
-        now = time.monotonic()
-        if self.live or not (always or now - stage.told > _DETAIL_SECONDS):
+    def _tell(self, stage: Stage, what: str) -> None:
+        if self.live:
             return
-        stage.told = now
+        stage.told_at, stage.told_detail = time.monotonic(), stage.detail
         self.console.print(
             Text(f"{stage.name}: {what}" + (f"  {stage.detail}" if stage.detail else "")), soft_wrap=True
         )

@@ -77,6 +77,10 @@ class Story:
             ):
                 await self._link(person, await self._upload(person, await image))
                 return await self._see_to_the_end(person, client)
+        except DemoFailed:
+            # When a service has ended, that is the reason, and its log says more than the call that failed.
+            self._services.require_all()
+            raise
         finally:
             image.cancel()
             await asyncio.gather(image, return_exceptions=True)

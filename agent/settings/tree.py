@@ -13,6 +13,7 @@ from agent.errors import ConfigurationError
 from agent.settings import sources
 from agent.settings.types import (
     Address,
+    Bytes,
     Count,
     DatabaseAddress,
     Directory,
@@ -122,6 +123,9 @@ class AgentSettings(_Group):
     )
     remote_hosts: Hosts = Field(
         (), description="Private or loopback hosts that remote Revisions may be read from all the same."
+    )
+    remote_max_bytes: Bytes = Field(
+        100_000_000_000, description="Size at most of a remote Revision, whose server may never stop sending."
     )
     keep_seconds: Seconds = Field(
         604_800, description="How long the logs of finished runs stay on this machine for the `logs` command."

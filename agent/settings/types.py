@@ -146,6 +146,7 @@ Organizations = Annotated[tuple[Organization, ...], NoDecode, BeforeValidator(_s
 
 Directory = Annotated[Path, BeforeValidator(_not_empty)]
 Port = Annotated[int, BeforeValidator(_no_boolean), Field(ge=0, le=65_535)]
+Bytes = Annotated[int, BeforeValidator(_no_boolean), Field(ge=1, le=2**63 - 1)]
 Count = Annotated[int, BeforeValidator(_no_boolean), Field(ge=1, le=10_000)]
 Seconds = Annotated[float, BeforeValidator(_no_boolean), Field(ge=0, le=3650 * _DAY_SECONDS, allow_inf_nan=False)]
 SomeSeconds = Annotated[float, BeforeValidator(_no_boolean), Field(gt=0, le=3650 * _DAY_SECONDS, allow_inf_nan=False)]

@@ -520,3 +520,15 @@ async def test_300_mb_take_no_memory(tmp_path: Path) -> None:
         digest.update(bytes(MEBIBYTE))
     assert (found_size, sha256) == (size, digest.hexdigest())
     assert grown_kib < 20 * 1024
+
+
+@pytest.mark.parametrize(("most_bytes", "is_kept"), [(6, False), (7, True)])
+async def test_a_stranger_that_never_stops_sending_is_cut(folder: Path, most_bytes: int, is_kept: bool) -> None:
+    async with RawServer(answer(b"content")) as server, Downloader(LOCAL, remote_max_bytes=most_bytes) as downloader:
+        if is_kept:
+            fetched = await downloader.fetch(server.url, folder / "file", remote=True, name="x")
+            assert fetched.size == most_bytes
+            return
+        with pytest.raises(StorageRefused, match="x: it is larger than 6 bytes"):
+            await downloader.fetch(server.url, folder / "file", remote=True, name="x")
+    assert list(folder.iterdir()) == []

@@ -123,6 +123,14 @@ def test_backoff_stays_within_its_bound(attempt: int, jitter: float) -> None:
     assert timedelta(0) <= move.due_at - NOW <= timedelta(seconds=limits.backoff_max_seconds)
 
 
+def test_a_delivery_that_was_refused_is_tried_again_seldom() -> None:
+    job = replace(JOB, state=State.COLLECTING, verdict=Verdict.SUCCEEDED, attempt=3)
+    move = decide(job, Failed(Fault(FaultClass.PLATFORM, "no such bucket"), final=True), NOW, Limits(), jitter=0)
+    assert move.state is State.COLLECTING
+    assert move.due_at - NOW == timedelta(seconds=Limits().refused_seconds)
+    assert move.waiting_for == "no such bucket"
+
+
 def test_a_final_fault_before_the_run_goes_straight_to_delivery() -> None:
     for state in (State.QUEUED, State.STAGING, State.LAUNCHING):
         move = decide(replace(JOB, state=state), Failed(Fault(FaultClass.INPUT, "gone"), final=True), NOW, Limits())

@@ -98,6 +98,21 @@ def test_without_a_terminal_each_stage_is_a_line(console: Console) -> None:
     ]
 
 
+def test_details_are_told_now_and_then_and_the_last_is_not_forgotten(
+    console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("agent.sandbox.demo_screen.time.monotonic", lambda: now)
+    screen = Screen(["upload"], console)
+    screen.begin("upload")
+    for detail in ("one", "two", "three"):
+        screen.detail("upload", detail)
+    now += 1.5
+    screen.detail("upload", "three")
+    screen.detail("upload", "three")
+    assert shown_on(console).splitlines() == ["upload: …", "upload: …  three"]
+
+
 def test_on_a_terminal_the_table_is_live() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100, _environ={"TERM": "xterm"})
     with Screen(["upload", "webhook"], console) as screen:
