@@ -297,3 +297,50 @@ async def _outputs_of_all_runs(lab: Lab, activity_id: str) -> dict[str, Any]:
     for document in await lab.output_documents(activity_id):
         found[f"{document['_id']}/{document['attributes']['name']}"] = await lab._bytes(document)
     return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "where", "options"),
+    [
+        ("corrupt", "store", {"after_bytes": 3}),
+        ("truncate", "store", {"after_bytes": 3}),
+        ("close", "store", {"after_bytes": 3}),
+        ("reset", "store", {"after_bytes": 3}),
+        ("status", "store", {"status": 503}),
+        ("expired_url", "api", {}),
+    ],
+)
+async def test_bytes_that_arrive_wrong_are_fetched_again(
+    lab: Lab, kind: str, where: str, options: dict[str, Any]
+) -> None:
+    reads = lab.revision("reads.bin", b"the very bytes")
+    path = r"GET .*reads\.bin" if where == "store" else f"GET .*{reads}"
+    fault = lab.sandbox.faults.add(kind, path, target=where, times=1, **options)
+    try:
+        job, outputs = await lab.run("cp /inputs/reads.bin /outputs/", inputs=[reads])
+    finally:
+        lab.sandbox.faults.remove(fault.id)
+    assert fault.hits == 1
+    assert (job["state"], job["attempt"]) == ("succeeded", 0)
+    assert outputs["reads.bin"] == b"the very bytes"
+
+
+async def test_an_upload_whose_answer_is_lost_is_there_once(lab: Lab) -> None:
+    fault = lab.sandbox.faults.add("lost_answer", "POST .*/(files|folders|projects)/", target="api", times=3)
+    try:
+        job, outputs = await lab.run("echo 1 > /outputs/one; mkdir /outputs/d; echo 2 > /outputs/d/two")
+    finally:
+        lab.sandbox.faults.remove(fault.id)
+    assert fault.hits == 3
+    assert (job["state"], job["attempt"]) == ("succeeded", 0)
+    assert (outputs["one"], outputs["d/two"]) == (b"1\n", b"2\n")
+    folders = await _folders_of(lab, f"{job['activity_name']} run 1")
+    assert len(folders) == 1
+    files = (await lab.get(folders[0]["relationships"]["files"]["related"]))["files"]
+    assert sorted(each["attributes"]["name"] for each in files) == ["one", "stderr.log", "stdout.log"]
+
+
+async def _folders_of(lab: Lab, name: str) -> list[dict[str, Any]]:
+    project = (await lab.get(f"/api/v1/o/0/projects/{lab.project_id}"))["project"]
+    folders: list[dict[str, Any]] = (await lab.get(project["relationships"]["folders"]["related"]))["folders"]
+    return [each for each in folders if each["attributes"]["name"] == name]
