@@ -162,7 +162,7 @@ async def test_serve_with_a_token_that_is_refused(sandbox: Sandbox, tmp_path: Pa
 
 async def test_serve_without_any_token(sandbox: Sandbox, tmp_path: Path) -> None:
     environment = agent_environment(sandbox.environment(), tmp_path, OVATION_TOKEN="")
-    line = await refused(environment, tmp_path, 1)
+    line = await refused(environment, tmp_path, 2)
     assert "set OVATION_TOKEN, or OVATION_CLIENT_ID and OVATION_CLIENT_SECRET" in line
 
 
