@@ -109,7 +109,7 @@ async def inspect(program: Path, image: Path, user: User | None) -> ImageFacts:
     if wrong:
         raise ImageError(wrong)
     runtime = await version(program)
-    answer = await ask(program, ["-s", "inspect", "--all", str(image)], user=user)
+    answer = await ask(program, ["--silent", "--nocolor", "inspect", "--all", str(image)], user=user)
     if answer.exit_code != 0:
         if "not recognized" in answer.stderr:
             raise ImageError(

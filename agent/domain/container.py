@@ -84,7 +84,8 @@ def arguments(container: Container) -> list[str]:
         ValueError: a path is relative or has a character that Apptainer cannot take.
     """
     return [
-        "-s",  # its INFO and WARNING lines would stand in the run's own stderr; errors stay
+        "--silent",  # its INFO and WARNING lines would stand in the run's own stderr; errors stay
+        "--nocolor",
         "run",
         "--containall",  # own PID and IPC namespaces: whatever ends the run ends everything inside
         "--no-home",

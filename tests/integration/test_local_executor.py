@@ -523,6 +523,7 @@ async def test_a_truncated_image_that_runs_all_the_same_fails_as_image(tmp_path:
     judgement = judge(outcome.ended.ending, outcome.ended.exit_code, outcome.stderr)
     assert judgement.fault is not None
     assert judgement.fault.cls is FaultClass.IMAGE
+    assert "\x1b" not in outcome.stderr  # Apptainer's colours are for its own terminal, not for a run's log
 
 
 @as_root
