@@ -16,7 +16,7 @@ LOCK := $(BIN)/uv pip compile --quiet --system-certs --universal --python-versio
 help:  ## List these commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 	@echo
-	@echo '  ARGS="..." is passed on by demo and test: make test ARGS="tests/unit -k decide"'
+	@echo '  ARGS="..." is passed on by demo, test and bench: make test ARGS="tests/unit -k decide"'
 	@echo '  A change is ready when `make check test` passes and CHANGELOG.md says what users will notice.'
 
 .PHONY: setup
@@ -34,6 +34,10 @@ demo: setup  ## Do the main job here, with a stand-in for Ovation: no configurat
 .PHONY: test
 test: setup-dev  ## Run all tests, on the real parts
 	@$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: bench
+bench: setup-dev  ## Measure how many webhooks the agent takes, and how soon it answers; several minutes
+	@$(BIN)/python -m tests.bench.ingress $(ARGS)
 
 .PHONY: check
 check: setup-dev  ## Check style, types, dependencies between packages, scripts, documents and locks

@@ -38,6 +38,7 @@ from agent.pipeline.context import Context
 from agent.pipeline.worker import Worker
 from agent.settings import Settings
 from agent.trigger.evaluate import Evaluator
+from agent.trigger.inbox import Inbox, sweep
 from agent.trigger.reconcile import Reconciler
 from agent.web.application import runner as runner_of
 from agent.web.state import Services
@@ -63,7 +64,7 @@ async def serve(settings: Settings) -> None:
     if not settings.agent.webhooks_are_guarded:
         raise ConfigurationError(
             "webhooks would be taken from anybody: set AGENT_WEBHOOK_USERNAME and AGENT_WEBHOOK_PASSWORD,"
-            " or AGENT_WEBHOOK_ANONYMOUS=true for a trial on one machine"
+            " or AGENT_WEBHOOK_SECRET, or AGENT_WEBHOOK_ANONYMOUS=true for a trial on one machine"
         )
     if settings.ovation.token is None and settings.ovation.client_id is None:
         raise ConfigurationError(
@@ -125,7 +126,9 @@ async def _open(settings: Settings) -> AsyncIterator[_Agent]:
             ovation=ovation,
             data_dir=data_dir,
             admin_token=admin_token,
-            on_hint=evaluator.wake,
+            inbox=Inbox(
+                watch_list, settings.agent.settle_seconds, settings.agent.settle_max_seconds, on_hint=evaluator.wake
+            ),
             on_job=worker.wake,
             on_cancel=worker.cancel,
         )
@@ -163,6 +166,8 @@ async def _listen(services: Services, settings: Settings) -> AsyncIterator[str]:
         yield address
     finally:
         settings.agent.address_file.unlink(missing_ok=True)
+        await services.inbox.close()  # while those who wait for it can still be answered
+        services.refusals.close()
         await runner.cleanup()
 
 
@@ -172,6 +177,7 @@ async def _run(agent: _Agent, settings: Settings, stop: asyncio.Event) -> None:
         asyncio.create_task(agent.evaluator.run(), name="evaluator"),
         asyncio.create_task(agent.reconciler.run(), name="reconciler"),
         asyncio.create_task(_sweep(agent.services.jobs, settings), name="sweep"),
+        asyncio.create_task(sweep(agent.services.watch_list), name="inbox sweep"),
     ]
     stopping = asyncio.create_task(stop.wait(), name="stop")
     try:

@@ -2,54 +2,26 @@
 
 from __future__ import annotations
 
-import io
 import sys
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from agent import __version__
+from agent.cli_ovation import hpc_run, webhooks
+from agent.commands import Commands, load_settings, run
 
 if TYPE_CHECKING:
     from agent.client import Client
-    from agent.settings import Settings
 
 _EXIT_CODES = """
 Exit codes: 0 done; 1 it failed, the reason is on standard error; 2 the command line or the configuration is wrong;
 130 interrupted. `try` passes the container's own exit code on.
 """
-_INTERRUPTED = 130
 
 
-class _Commands(click.Group):
-    """A group whose commands end with one line on standard error where others print a traceback."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        from agent.errors import AgentError, ConfigurationError
-
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to end
-                stream.reconfigure(errors="backslashreplace")
-        try:
-            return super().invoke(ctx)
-        except ConfigurationError as error:
-            self._end(error, 2)
-        except AgentError as error:
-            self._end(error, 1)
-        except KeyboardInterrupt:
-            sys.exit(_INTERRUPTED)
-
-    def _end(self, error: Exception, code: int) -> None:
-        from agent.logs import printable, redact
-
-        for line in str(error).splitlines():
-            click.echo(f"ovation-agent: {printable(redact(line))}", err=True)
-        sys.exit(code)
-
-
-@click.group(cls=_Commands, epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ovation-agent")
 @click.option(
     "--config",
@@ -65,13 +37,17 @@ def main(ctx: click.Context, config: Path | None) -> None:
     ctx.obj = config
 
 
+main.add_command(hpc_run)
+main.add_command(webhooks)
+
+
 @main.command()
 @click.pass_obj
 def serve(config: Path | None) -> None:
     """Run the service: webhooks, workers, API. SIGTERM stops it; containers go on and are found again."""
     from agent import app
 
-    _run(app.serve(_settings(config, log=True)))
+    run(app.serve(load_settings(config, log=True)))
 
 
 @main.command()
@@ -91,10 +67,10 @@ def migrate(config: Path | None) -> None:
     from agent.db.connect import connect
 
     async def work() -> list[str]:
-        async with connect(_settings(config).agent) as database:
+        async with connect(load_settings(config).agent) as database:
             return await database.migrate()
 
-    applied = _run(work())
+    applied = run(work())
     click.echo("\n".join(f"applied {name}" for name in applied) or "the schema is up to date")
 
 
@@ -106,7 +82,7 @@ def doctor(config: Path | None) -> None:
     from agent.doctor import examine
     from agent.logs import printable, redact
 
-    settings = _settings(config)
+    settings = load_settings(config)
 
     async def work() -> bool:
         good = True
@@ -118,7 +94,7 @@ def doctor(config: Path | None) -> None:
                 click.echo(f"     → {finding.remedy}")
         return good
 
-    sys.exit(0 if _run(work()) else 1)
+    sys.exit(0 if run(work()) else 1)
 
 
 @main.command()
@@ -212,7 +188,7 @@ def try_(
     from agent.trial import try_image
 
     sys.exit(
-        _run(
+        run(
             try_image(
                 image=image,
                 inputs=inputs,
@@ -226,30 +202,11 @@ def try_(
     )
 
 
-def _settings(config: Path | None, *, log: bool = False) -> Settings:
-    from agent import logs
-    from agent.settings import Settings
-
-    settings = Settings.load(config)
-    logs.hide(settings.secrets())
-    logs.configure(settings.agent.log_format, settings.agent.log_level if log else "warning")
-    return settings
-
-
 def _ask(config: Path | None, question: Any) -> Any:
     from agent.client import Client
 
     async def work() -> Any:
-        async with Client.find(_settings(config)) as client:
+        async with Client.find(load_settings(config)) as client:
             return await question(client)
 
-    return _run(work())
-
-
-def _run(work: Coroutine[Any, Any, Any]) -> Any:
-    import asyncio
-
-    try:
-        return asyncio.run(work)
-    except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
+    return run(work())

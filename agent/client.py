@@ -12,23 +12,35 @@ from typing import Any, Self
 from urllib.parse import quote
 
 import aiohttp
+from yarl import URL
 
 from agent.errors import AgentError, ConfigurationError
 from agent.logs import printable
 from agent.settings import Settings
 
+_LATER = frozenset({408, 429, 502, 503, 504})
+_MOST_CHARACTERS = 2000
+
 
 class AgentRefused(AgentError):
-    """The agent answered with an error, or not at all."""
+    """The agent answered with an error, or not at all; `status` is the HTTP status, None without an answer."""
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.transient = status is None or status in _LATER
 
 
 class Client:
-    """Talks to the agent that the settings name: on this host it is found through its data directory."""
+    """Talks to an agent: on this host it is found through its data directory.
 
-    def __init__(self, address: str, token: str) -> None:
+    `if_refused` says what to do about a 401.
+    """
+
+    def __init__(self, address: str, token: str, if_refused: str = "AGENT_ADMIN_TOKEN must be the agent's") -> None:
         self._address = address
+        self._if_refused = if_refused
         self._http = aiohttp.ClientSession(
-            base_url=address,
             headers={"Authorization": f"Bearer {token}"},
             timeout=aiohttp.ClientTimeout(total=None, connect=10, sock_read=60),
             connector=aiohttp.TCPConnector(socket_factory=_kept_alive),
@@ -42,11 +54,9 @@ class Client:
             ConfigurationError: its admin token is not to be had.
             AgentRefused: the agent of this data directory does not run.
         """
-        host = settings.agent.host
-        address = f"http://{f'[{host}]' if ':' in host else host}:{settings.agent.port}"
         running = _running(settings.agent.address_file)
         if settings.agent.admin_token is not None:
-            return cls(running or address, settings.agent.admin_token.get_secret_value())
+            return cls(running or _configured(settings), settings.agent.admin_token.get_secret_value())
         try:
             token = settings.agent.admin_token_file.read_text().strip()
         except OSError as error:
@@ -72,42 +82,99 @@ class Client:
         """Read JSON."""
         return await self._json("GET", path, query)
 
-    async def post(self, *path: str) -> Any:
+    async def post(self, *path: str, body: Any = None) -> Any:
         """Ask for something to be done."""
-        return await self._json("POST", path, {})
+        return await self._json("POST", path, {}, body)
 
     async def stream(self, *path: str, **query: str | None) -> AsyncIterator[bytes]:
         """Read bytes as they come; a container may be silent for hours."""
         silent = aiohttp.ClientTimeout(total=None, connect=10, sock_read=None)
         try:
-            async with self._http.get(_path(path), params=_given(query), timeout=silent) as response:
+            async with self._http.get(
+                self._url(path), params=_given(query), timeout=silent, allow_redirects=False
+            ) as response:
                 await self._check(response)
                 async for piece in response.content.iter_any():
                     yield piece
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise self._away(error) from None
 
-    async def _json(self, method: str, path: tuple[str, ...], query: dict[str, str | None]) -> Any:
+    def _url(self, path: tuple[str, ...]) -> str:
+        return self._address + "".join(f"/{quote(part, safe='')}" for part in path)
+
+    async def _json(self, method: str, path: tuple[str, ...], query: dict[str, str | None], body: Any = None) -> Any:
         try:
-            async with self._http.request(method, _path(path), params=_given(query), allow_redirects=False) as response:
+            async with self._http.request(
+                method, self._url(path), params=_given(query), json=body, allow_redirects=False
+            ) as response:
                 await self._check(response)
                 return await response.json()
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             raise self._away(error) from None
 
     async def _check(self, response: aiohttp.ClientResponse) -> None:
-        if response.ok:
+        if response.status < 300:  # noqa: PLR2004 HTTP's own number
             return
         try:
-            detail = str((await response.json())["errors"]["detail"])
+            detail = str((await response.json())["errors"]["detail"])[:_MOST_CHARACTERS]
         except (ValueError, KeyError, TypeError, aiohttp.ClientError):
             detail = f"{self._address} answers {response.status} {response.reason}: is it an agent?"
         if response.status == 401:  # noqa: PLR2004 HTTP's own number
-            detail += f": {self._address} does not take this one; AGENT_ADMIN_TOKEN must be the agent's"
-        raise AgentRefused(printable(detail))  # names in it come from strangers
+            detail += f": {self._address} does not take this one; {self._if_refused}"
+        raise AgentRefused(printable(detail), status=response.status)  # names in it come from strangers
 
     def _away(self, error: Exception) -> AgentRefused:
         return AgentRefused(f"no agent answers at {self._address} ({type(error).__name__}): is it running?")
+
+
+def agent_address(settings: Settings) -> str:
+    """Return where the agent listens that runs with these settings.
+
+    Raises:
+        AgentRefused: no agent of this data directory runs, and the settings name no address of another. Whoever
+            listens at the usual one is not to see a token.
+    """
+    if running := _running(settings.agent.address_file):
+        return running
+    fields = type(settings.agent).model_fields
+    if all(getattr(settings.agent, name) == fields[name].default for name in ("host", "port")):
+        raise AgentRefused(
+            f"no agent runs on {settings.agent.data_dir}: name yours with --url http://HOST:PORT, or start one here"
+            " with `ovation-agent serve`"
+        )
+    return _configured(settings)
+
+
+def web_address(text: str) -> URL:
+    """Return an address that a person typed, without a slash at its end.
+
+    Raises:
+        ConfigurationError: it is none, or carries what should not be on a command line.
+    """
+    try:
+        found = URL(text.strip())
+        usable = found.scheme in {"http", "https"} and bool(found.host) and found.port is not None
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ConfigurationError(f"{printable(text)!r} is no address such as https://agent.example.org")
+    if found.user or found.password or found.query_string or found.fragment:
+        raise ConfigurationError("the address must carry no user name, password, query or fragment")
+    return found.with_path(found.raw_path.rstrip("/"), encoded=True)
+
+
+def front_address(text: str) -> str:
+    """Return the address before the agent's own paths, of one that may end in `/hpc_run`.
+
+    Raises:
+        ConfigurationError: see `web_address`.
+    """
+    return str(web_address(text)).rstrip("/").removesuffix("/hpc_run").rstrip("/")
+
+
+def _configured(settings: Settings) -> str:
+    host = settings.agent.host
+    return f"http://{f'[{host}]' if ':' in host else host}:{settings.agent.port}"
 
 
 def _running(file: Path) -> str | None:
@@ -132,10 +199,6 @@ def _kept_alive(address: aiohttp.AddrInfoType) -> socket.socket:
     made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
     return made
-
-
-def _path(parts: tuple[str, ...]) -> str:
-    return "/" + "/".join(quote(part, safe="") for part in parts)
 
 
 def _given(query: dict[str, str | None]) -> dict[str, str]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import sys
-from collections.abc import AsyncIterator, Iterable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
 from agent.logs import printable
 
+_PROGRESS_SECONDS = 5.0
 _COLOURS = {"succeeded": "green", "failed": "red", "cancelled": "yellow"}
 
 
 def show_jobs(jobs: list[dict[str, Any]], *, as_json: bool) -> None:
     """List jobs, one a line."""
     if as_json:
-        _as_json(jobs)
+        show_json(jobs)
         return
     rows = [
         (
@@ -27,23 +30,23 @@ def show_jobs(jobs: list[dict[str, Any]], *, as_json: bool) -> None:
             str(job["run"]),
             job["image_name"],
             _moment(job["created_at"]),
-            _cause(job),
+            cause(job),
         )
         for job in jobs
     ]
-    _table(("job", "state", "activity", "run", "image", "created", "cause"), rows)
+    show_table(("job", "state", "activity", "run", "image", "created", "cause"), rows)
 
 
 def show_job(job: dict[str, Any], events: list[dict[str, Any]], *, as_json: bool) -> None:
     """Tell one job's story."""
     if as_json:
-        _as_json({**job, "events": events})
+        show_json({**job, "events": events})
         return
     facts = ("id", "activity_id", "activity_name", "image_name", "run", "trigger", "requested_by", "state", "exit_code")
-    _table(("", ""), [(name, str(job[name])) for name in facts if job[name] is not None])
-    if cause := _cause(job):
-        print(f"\n{printable(cause)}\n")  # noqa: T201 this is what the command is for
-    _table(
+    show_table(("", ""), [(name, str(job[name])) for name in facts if job[name] is not None])
+    if said := cause(job):
+        print(f"\n{printable(said)}\n")  # noqa: T201 this is what the command is for
+    show_table(
         ("at", "state", "attempt", "note"),
         [(_moment(each["at"]), each["state"], str(each["attempt"]), each["note"] or "") for each in events],
     )
@@ -52,9 +55,9 @@ def show_job(job: dict[str, Any], events: list[dict[str, Any]], *, as_json: bool
 def show_activity(activity: dict[str, Any], *, as_json: bool) -> None:
     """Say what led to an Activity's runs, or why there is none."""
     if as_json:
-        _as_json(activity)
+        show_json(activity)
         return
-    _table(("received", "from"), [(_moment(each["at"]), each["source"]) for each in activity["deliveries"]])
+    show_table(("received", "from"), [(_moment(each["at"]), each["source"]) for each in activity["deliveries"]])
     judged = f"judged {_moment(activity['judged_at'])}" if activity["judged_at"] else "not judged yet"
     print(f"\n{judged}" + "".join(f"\n  {printable(reason)}" for reason in activity["reasons"]))  # noqa: T201
     if activity["due_at"]:
@@ -75,7 +78,68 @@ async def show_log(pieces: AsyncIterator[bytes]) -> None:
         sys.stdout.flush()
 
 
-def _cause(job: dict[str, Any]) -> str:
+@contextlib.contextmanager
+def job_progress(job_id: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Give what is to be called with a job again and again, and shows how it gets on.
+
+    A line for each stage; how far a stage is stands below on a terminal, and in a pipe on a line now and then.
+    """
+    if not sys.stdout.isatty():
+        print(f"job\t{printable(job_id)}", flush=True)  # noqa: T201
+        yield _lines()
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    console, shown = Console(highlight=False), ""
+    console.print(escape(f"job       {printable(job_id)}"))
+    with console.status("") as status:
+
+        def show(job: dict[str, Any]) -> None:
+            nonlocal shown
+            stage = printable(str(job["state"]))
+            if stage != shown:
+                shown = stage
+                mark = f"[{_COLOURS[stage]}]{stage}" if stage in _COLOURS else escape(stage)
+                console.print(f"{datetime.now().astimezone():%H:%M:%S}  {mark}")
+            status.update(escape(printable(f"{stage}  {_how_far(job)}")))
+
+        yield show
+
+
+def _lines() -> Callable[[dict[str, Any]], None]:
+    last: tuple[str, str | None, str] = ("", None, "")
+    printed_at = 0.0
+
+    def show(job: dict[str, Any]) -> None:
+        nonlocal last, printed_at
+        now = (str(job["state"]), job["waiting_for"], _how_far(job))
+        if now[:2] == last[:2] and (now == last or time.monotonic() - printed_at < _PROGRESS_SECONDS):
+            return
+        last, printed_at = now, time.monotonic()
+        moment = f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S}"
+        print("\t".join(printable(cell) for cell in (moment, now[0], now[2])), flush=True)  # noqa: T201
+
+    return show
+
+
+def _how_far(job: dict[str, Any]) -> str:
+    """Say what a job waits for, or how many files and bytes of its stage are done."""
+    from rich.filesize import decimal
+
+    if job["waiting_for"]:
+        return str(job["waiting_for"])
+    counts = {name: int(count) for name, count in job["progress"].items() if isinstance(count, int)}
+    if not counts.get("files_total"):
+        return ""
+    told = f"{counts.get('files_done', 0)} of {counts['files_total']} files"
+    if counts.get("bytes_total"):
+        told += f", {decimal(counts.get('bytes_done', 0))} of {decimal(counts['bytes_total'])}"
+    return told
+
+
+def cause(job: dict[str, Any]) -> str:
+    """Say why a job failed, or what it waits for; nothing when there is nothing to say."""
     if job["fault"]:
         return f"{job['fault']['class']}: {job['fault']['message']}"
     return job["waiting_for"] or ""
@@ -85,7 +149,8 @@ def _moment(text: str | None) -> str:
     return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M:%S") if text else ""
 
 
-def _as_json(value: object) -> None:
+def show_json(value: object) -> None:
+    """Print a value as JSON that cannot harm a terminal."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     # Between the strings there are only printable characters and the ends of lines.
     print("".join(each if each.isprintable() or each == "\n" else _escaped(each) for each in text))  # noqa: T201
@@ -95,7 +160,8 @@ def _escaped(character: str) -> str:
     return json.dumps(character)[1:-1]
 
 
-def _table(headings: Iterable[str], rows: Sequence[tuple[str, ...]]) -> None:
+def show_table(headings: Iterable[str], rows: Sequence[tuple[str, ...]]) -> None:
+    """Print a table on a terminal, and tab-separated lines without headings into a pipe."""
     shown = [tuple(printable(cell) for cell in row) for row in rows]
     if not sys.stdout.isatty():
         for row in shown:

@@ -37,7 +37,11 @@ class _Trouble(AgentError):
 async def examine(settings: Settings, executor: Executor) -> AsyncIterator[Finding]:
     """Run every check in turn; none changes anything but what `serve` would make anyway."""
     checks: list[tuple[str, Callable[[], Awaitable[str]], str]] = [
-        ("webhooks", lambda: _webhooks(settings), "set AGENT_WEBHOOK_USERNAME and AGENT_WEBHOOK_PASSWORD"),
+        (
+            "webhooks",
+            lambda: _webhooks(settings),
+            "set AGENT_WEBHOOK_USERNAME and AGENT_WEBHOOK_PASSWORD, or AGENT_WEBHOOK_SECRET",
+        ),
         (
             "data directory",
             lambda: asyncio.to_thread(_data_dir, settings),
@@ -62,7 +66,9 @@ async def _webhooks(settings: Settings) -> str:
         raise _Trouble("no credentials are set: `serve` will not start")
     if settings.agent.webhook_anonymous:
         return "taken from anybody, as AGENT_WEBHOOK_ANONYMOUS says"
-    return "must carry basic auth"
+    accepted = ["basic auth"] if settings.agent.webhook_username is not None else []
+    accepted += ["a signature"] if settings.agent.webhook_secret else []
+    return f"must carry {' or '.join(accepted)}"
 
 
 def _data_dir(settings: Settings) -> str:

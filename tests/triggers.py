@@ -21,6 +21,7 @@ from agent.domain.job import TERMINAL, Done, State, Verdict
 from agent.sandbox.server import Sandbox
 from agent.settings import Settings
 from agent.trigger.evaluate import Evaluator
+from agent.trigger.inbox import Inbox
 from agent.trigger.reconcile import Reconciler
 from agent.web.application import application
 from agent.web.state import Services
@@ -95,7 +96,9 @@ async def triggers(sandbox: Sandbox, database: Database, directory: Path, **agen
             ovation=ovation,
             data_dir=directory,
             admin_token="admin",
-            on_hint=evaluator.wake,
+            inbox=Inbox(
+                watch_list, settings.agent.settle_seconds, settings.agent.settle_max_seconds, on_hint=evaluator.wake
+            ),
             on_job=ender.wake.set,
             on_cancel=lambda _: None,
         )
@@ -111,6 +114,7 @@ async def triggers(sandbox: Sandbox, database: Database, directory: Path, **agen
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await services.inbox.close()
             await runner.cleanup()
 
 

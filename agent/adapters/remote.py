@@ -25,6 +25,7 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _IPV4_COMPATIBLE = ipaddress.IPv6Network("::/96")
 _NOT_GLOBAL = (
     ipaddress.IPv6Network("64:ff9b:1::/48"),  # NAT64 of this site's own
+    ipaddress.IPv6Network("2002::/16"),  # 6to4, deprecated (RFC 7526); Python's releases disagree about it
     ipaddress.IPv6Network("fec0::/10"),  # site-local, deprecated and still routed
     ipaddress.IPv6Network("3fff::/20"),  # documentation
 )
@@ -97,7 +98,7 @@ def _within(number: Address) -> list[Address]:
     """Return the IPv4 addresses that an IPv6 address stands for at a translator or at a tunnel's end."""
     if isinstance(number, ipaddress.IPv4Address):
         return []
-    found = [number.ipv4_mapped, number.sixtofour, *(number.teredo or ())]
+    found = [number.ipv4_mapped, *(number.teredo or ())]
     if number in _NAT64 or number in _IPV4_COMPATIBLE:
         found.append(ipaddress.IPv4Address(int(number) & 0xFFFFFFFF))
     return [each for each in found if each is not None]

@@ -1,17 +1,40 @@
--- name: insert_delivery!
--- Keep what a webhook or a person asked to have looked at.
-INSERT INTO deliveries (source, organization, entity_type, entity_id)
-VALUES (:source, :organization, :entity_type, :entity_id);
+-- name: take_hints
+-- Keep hints and make their entities due after the quiet time; returns the message ids that were not known before.
+-- Many hints on an entity in one call count like as many calls. Each further one starts the quiet time again, until the
+-- longest wait is over. Without a source they are no deliveries, and only make their entities due. In the order of their
+-- ids, so that those who write several rows at once do not wait for each other in a ring.
+WITH hints AS (
+    SELECT * FROM unnest(:entity_ids::text[], :entity_types::text[], :organizations::integer[], :gained::text[],
+        :message_ids::text[]) WITH ORDINALITY AS h (entity_id, entity_type, organization, gained, message_id, place)),
+kept AS (
+    INSERT INTO deliveries (source, organization, entity_type, entity_id, message_id)
+    SELECT :source::text, organization, entity_type, entity_id, message_id FROM hints
+    WHERE :source::text IS NOT NULL ORDER BY message_id, place
+    ON CONFLICT DO NOTHING
+    RETURNING message_id, entity_id),
+news AS (
+    SELECT * FROM hints WHERE message_id IS NULL OR (message_id, entity_id) IN (SELECT message_id, entity_id FROM kept)),
+due AS (
+    INSERT INTO watched AS w (
+        entity_id, entity_type, organization, changed_at, unquiet_since, due_at, gained, generation)
+    SELECT entity_id, (array_agg(entity_type ORDER BY place))[1],
+        (array_agg(organization ORDER BY place DESC) FILTER (WHERE organization IS NOT NULL))[1],
+        now(), now(), now() + least(:settle::interval, :longest::interval), coalesce(array_agg(DISTINCT gained) FILTER (WHERE gained IS NOT NULL), '{}'), count(*)
+    FROM news GROUP BY entity_id ORDER BY entity_id
+    ON CONFLICT (entity_id) DO UPDATE SET
+        organization = coalesce(excluded.organization, w.organization),
+        changed_at = now(), unquiet_since = coalesce(w.unquiet_since, now()),
+        due_at = least(now() + :settle::interval, coalesce(w.unquiet_since, now()) + :longest::interval),
+        cause = 'webhook', gained = ARRAY(SELECT DISTINCT unnest(w.gained || excluded.gained)),
+        generation = w.generation + excluded.generation, attempt = 0)
+SELECT DISTINCT message_id FROM kept WHERE message_id IS NOT NULL;
 
--- name: watch_entity!
--- Make an entity due after the quiet time; each further hint starts it again, until the longest wait is over.
-INSERT INTO watched AS w (entity_id, entity_type, organization, changed_at, unquiet_since, due_at, gained)
-VALUES (:entity_id, :entity_type, :organization, now(), now(), now() + :settle, :gained)
-ON CONFLICT (entity_id) DO UPDATE SET
-    organization = coalesce(excluded.organization, w.organization),
-    changed_at = now(), unquiet_since = coalesce(w.unquiet_since, now()),
-    due_at = least(excluded.due_at, coalesce(w.unquiet_since, now()) + :longest),
-    cause = 'webhook', gained = w.gained OR excluded.gained, generation = w.generation + 1, attempt = 0;
+-- name: sweep_deliveries$
+-- Remove old deliveries, of the first so many only, and tell how many there were.
+WITH first AS (SELECT id, received_at FROM deliveries ORDER BY id LIMIT :most),
+gone AS (
+    DELETE FROM deliveries WHERE id <= (SELECT max(id) FROM first WHERE received_at < now() - :age::interval) RETURNING 1)
+SELECT count(*) FROM gone;
 
 -- name: claim_watched
 -- Take due entities to look at, longest due first, and raise each one's fence.
@@ -24,12 +47,12 @@ WHERE entity_id IN (
 RETURNING *;
 
 -- name: judge_watched<!
--- Close a look. A hint that came during it keeps its own due_at.
+-- Close a look. A hint that came during it keeps its own due_at. What was told to be gained is settled with history.
 UPDATE watched SET
     judged_at = now(), reasons = :reasons, attempt = :attempt, lease_until = NULL,
     organization = coalesce(:organization, organization),
-    history = coalesce(:history, history),
-    gained = CASE WHEN generation = :generation THEN :gained ELSE gained END,
+    history = coalesce(:history::text[], history),
+    gained = CASE WHEN generation = :generation AND :history::text[] IS NOT NULL THEN '{}' ELSE gained END,
     due_at = CASE WHEN generation = :generation THEN :due_at ELSE due_at END
 WHERE entity_id = :entity_id AND lease_token = :lease_token
 RETURNING entity_id;
@@ -63,6 +86,7 @@ WITH listed AS (
 noted AS (
     INSERT INTO watched AS w (entity_id, entity_type, organization, changed_at, listed_at, due_at, cause)
     SELECT id, 'Activity', :organization, now(), listed_at, CASE WHEN recent THEN now() END, 'reconcile' FROM listed
+    ORDER BY id
     ON CONFLICT (entity_id) DO UPDATE SET
         listed_at = excluded.listed_at, organization = excluded.organization,
         generation = w.generation + CASE WHEN excluded.due_at IS NULL THEN 0 ELSE 1 END,
@@ -81,7 +105,10 @@ WITH idle AS (
 chosen AS (
     (SELECT entity_id FROM idle WHERE lately ORDER BY judged_at NULLS FIRST LIMIT :most / 2)
     UNION (SELECT entity_id FROM idle ORDER BY judged_at NULLS FIRST LIMIT :most / 2)),
-due AS (UPDATE watched SET due_at = now(), cause = 'reconcile' WHERE entity_id IN (SELECT entity_id FROM chosen) RETURNING 1)
+free AS (
+    SELECT entity_id FROM watched WHERE entity_id IN (SELECT entity_id FROM chosen) AND due_at IS NULL
+    FOR UPDATE SKIP LOCKED),
+due AS (UPDATE watched SET due_at = now(), cause = 'reconcile' WHERE entity_id IN (SELECT entity_id FROM free) RETURNING 1)
 SELECT count(*) FROM due;
 
 -- name: installed_at$

@@ -9,8 +9,13 @@ from datetime import datetime, timedelta
 from agent.db.database import Database, Queries
 from agent.db.jobs import insert_job, live_job, plan_from
 from agent.domain.activity import Activity, key
+from agent.domain.delivery import Delivery, Receipt
 from agent.domain.job import Job, Plan
 from agent.domain.webhook import Hint
+
+# Longer than the week for which the id of a signed webhook is known again.
+KEEP_DELIVERIES = timedelta(days=30)
+_SWEEP_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +29,7 @@ class Watched:
     token: int
     attempt: int
     trigger: str  # what made it due: webhook or reconcile
-    gained: bool  # a hint told that an input or a related file was added
+    gained: frozenset[str]  # the inputs and related files that hints told were added
     history: frozenset[str] | None  # what was linked before the agent was installed, once somebody looked
 
 
@@ -54,16 +59,40 @@ class WatchList:
         Each further hint starts the quiet time of `settle_seconds` again, until the entity has waited for
         `longest_seconds`: what never comes to rest is looked at all the same.
         """
-        async with self._database.transaction() as queries:
-            for hint in hints:
-                await queries.value(
-                    "insert_delivery",
-                    source=source,
-                    organization=hint.organization,
-                    entity_type=hint.type,
-                    entity_id=hint.entity_id,
-                )
-                await watch(queries, hint, settle_seconds, longest_seconds)
+        async with self._database.queries() as queries:
+            await _take(queries, [(hint, None) for hint in hints], settle_seconds, longest_seconds, source)
+
+    async def take(
+        self, deliveries: Sequence[Delivery], settle_seconds: float, longest_seconds: float
+    ) -> list[Receipt]:
+        """Store deliveries, all or none, as if each came alone; a message that was stored before changes nothing.
+
+        Raises:
+            DatabaseError: PostgreSQL is away; nothing is known to be stored.
+        """
+        fresh: set[str | None] = set()
+        hints = []
+        receipts = []
+        for delivery in deliveries:
+            repeated = delivery.message_id is not None and delivery.message_id in fresh
+            receipts.append(Receipt.REPEATED if repeated else Receipt.STORED)
+            if not repeated:
+                fresh.add(delivery.message_id)
+                hints += [(hint, delivery.message_id) for hint in delivery.hints]
+        async with self._database.queries() as queries:
+            kept = {None, *await _take(queries, hints, settle_seconds, longest_seconds, "webhook")}
+        known_before = [delivery.message_id not in kept for delivery in deliveries]
+        return [Receipt.REPEATED if known else receipt for known, receipt in zip(known_before, receipts, strict=True)]
+
+    async def sweep(self, age: timedelta = KEEP_DELIVERIES) -> int:
+        """Remove deliveries that are older than this, a bounded number at a time; return how many there were."""
+        swept = 0
+        while True:
+            async with self._database.queries() as queries:
+                gone: int = await queries.value("sweep_deliveries", age=age, most=_SWEEP_AT_ONCE)
+            swept += gone
+            if gone < _SWEEP_AT_ONCE:
+                return swept
 
     async def claim(self, most: int, lease_seconds: float, holder: str) -> list[Watched]:
         """Take up to `most` entities that are due."""
@@ -78,7 +107,7 @@ class WatchList:
                 token=row["lease_token"],
                 attempt=row["attempt"],
                 trigger=row["cause"],
-                gained=row["gained"],
+                gained=frozenset(row["gained"]),
                 history=None if row["history"] is None else frozenset(row["history"]),
             )
             for row in rows
@@ -116,12 +145,13 @@ class WatchList:
         due_at: datetime | None = None,
         attempt: int = 0,
         organization: int | None = None,
-        gained: bool = False,
         history: frozenset[str] | None = None,
         more: Sequence[Hint] = (),
     ) -> None:
-        """Close a look; `more` are entities that are due in turn, `gained` is kept for the next look."""
-        async with self._database.transaction() as queries:
+        """Close a look; `more` are entities that are due in turn. With `history`, what hints told is settled."""
+        async with self._database.queries() as queries:
+            if more:  # first, and alone: two rows held at once could make a ring with the inbox
+                await _take(queries, [(hint, None) for hint in more], 0, 0, None)
             await queries.value(
                 "judge_watched",
                 entity_id=watched.entity_id,
@@ -131,11 +161,8 @@ class WatchList:
                 due_at=due_at,
                 attempt=attempt,
                 organization=organization,
-                gained=gained,
                 history=None if history is None else sorted(history),
             )
-            for hint in more:
-                await watch(queries, hint, 0, 0)
 
     async def last_look(self, entity_id: str) -> Look | None:
         """Return what is known of an entity, or nothing when no hint ever named it."""
@@ -166,14 +193,23 @@ class WatchList:
         return most if seconds is None else min(most, max(0.0, seconds))
 
 
-async def watch(queries: Queries, hint: Hint, settle_seconds: float, longest_seconds: float) -> None:
-    """Make an entity due after the quiet time, in the caller's transaction."""
-    await queries.value(
-        "watch_entity",
-        entity_id=hint.entity_id,
-        entity_type=hint.type,
-        organization=hint.organization,
+async def _take(
+    queries: Queries,
+    hints: Sequence[tuple[Hint, str | None]],
+    settle_seconds: float,
+    longest_seconds: float,
+    source: str | None,
+) -> list[str]:
+    """Make entities due after the quiet time, and return the message ids that were not known before."""
+    rows = await queries.rows(
+        "take_hints",
+        entity_ids=[hint.entity_id for hint, _ in hints],
+        entity_types=[hint.type for hint, _ in hints],
+        organizations=[hint.organization for hint, _ in hints],
+        gained=[hint.gained for hint, _ in hints],
+        message_ids=[message_id for _, message_id in hints],
+        source=source,
         settle=timedelta(seconds=settle_seconds),
         longest=timedelta(seconds=longest_seconds),
-        gained=hint.gained,
     )
+    return [row["message_id"] for row in rows]

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 _ACTIVITY_SIDE = {"inputs": "source", "actions": "source", "activities": "target", "procedures": "target"}
-_RELATION_ID = re.compile(r"(?P<source>.+)--(?P<rel>\w+)-->(?P<target>.+)", re.DOTALL)
+_RELATION_ID = re.compile(r"(?P<source>[^>]*)--(?P<rel>[0-9A-Za-z_]+)-->(?P<target>[^>]*)")
 _ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,127}")
+_MOST_ORGANIZATION = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,7 @@ class Hint:
     entity_id: str
     type: str  # "Activity", or "Revision" whose Activities are to be looked up
     organization: int | None
-    gained: bool = False  # it says that an input or a related file was added, not only that something changed
+    gained: str | None = None  # the input or related file that it says was added
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +37,20 @@ def parse(payload: object) -> tuple[Hint, ...] | Unreadable:
     """
     if not isinstance(payload, Mapping):
         return Unreadable("the body is not a JSON object")
-    organization = payload.get("organization_id", payload.get("organization"))
-    if organization is not None and (not isinstance(organization, int) or isinstance(organization, bool)):
-        return Unreadable("organization is not a number")
+    try:
+        named = [_organization(payload[name]) for name in ("organization_id", "organization") if name in payload]
+    except ValueError:
+        return Unreadable(f"organization is not a number from 0 to {_MOST_ORGANIZATION}")
+    organization = named[0] if named else None
     if "rel" in payload or payload.get("type") == "Relation":
         return _relation(payload, organization)
     return _document(payload, organization)
+
+
+def _organization(value: object) -> int | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_ORGANIZATION):
+        return value
+    raise ValueError(value)
 
 
 def _document(payload: Mapping[str, object], organization: int | None) -> tuple[Hint, ...] | Unreadable:
@@ -57,16 +66,21 @@ def _document(payload: Mapping[str, object], organization: int | None) -> tuple[
 
 
 def _relation(payload: Mapping[str, object], organization: int | None) -> tuple[Hint, ...] | Unreadable:
-    derived = _RELATION_ID.fullmatch(str(payload.get("_id", "")))
-    rel = payload.get("rel") or (derived["rel"] if derived else None)
-    source = payload.get("source_id") or payload.get("entity_id") or (derived["source"] if derived else None)
-    target = payload.get("target_id") or (derived["target"] if derived else None)
+    if "rel" in payload:
+        ends = {"source": payload.get("source_id", payload.get("entity_id")), "target": payload.get("target_id")}
+        rel = payload["rel"]
+    else:  # of a deleted one there may be no more than its id
+        derived = _RELATION_ID.fullmatch(str(payload.get("_id", "")))
+        ends = dict(derived.groupdict()) if derived else {}
+        rel = ends.get("rel")
     if not isinstance(rel, str):
         return Unreadable("rel is not a word")
     side = _ACTIVITY_SIDE.get(rel)
     if side is None:
         return ()
-    activity_id = source if side == "source" else target
+    activity_id = ends[side]
     if not isinstance(activity_id, str) or not _ID.fullmatch(activity_id):
         return Unreadable(f"the {side} of the {rel} relation is not an Ovation id")
-    return (Hint(activity_id, "Activity", organization, gained=True),)
+    other = ends["target" if side == "source" else "source"]
+    gained = other if isinstance(other, str) and _ID.fullmatch(other) else None
+    return (Hint(activity_id, "Activity", organization, gained),)

@@ -31,6 +31,8 @@ from agent.settings.types import (
     Suffixes,
     Text,
     UserName,
+    WebhookSecrets,
+    webhook_key,
 )
 
 
@@ -95,6 +97,11 @@ class AgentSettings(_Group):
         None, description="User name that webhooks must carry (basic auth). Research webhooks send their key as both."
     )
     webhook_password: Password | None = Field(None, description="Password that webhooks must carry (basic auth).")
+    webhook_secret: WebhookSecrets = Field(
+        (),
+        description="Secrets of Standard Webhooks (`whsec_` and base64), with one of which a webhook may be signed"
+        " instead. Several while one replaces another.",
+    )
     webhook_anonymous: bool = Field(False, description="Accept webhooks from anybody. For trials on one machine.")
     admin_token: HeaderToken | None = Field(
         None, description="Bearer token for /api. Unset: one is made and kept in the data directory, mode 0600."
@@ -141,7 +148,13 @@ class AgentSettings(_Group):
     @property
     def webhooks_are_guarded(self) -> bool:
         """Whether `serve` may start: webhooks carry credentials, or anonymous ones were asked for."""
-        return self.webhook_anonymous or self.webhook_username is not None
+        return self.webhook_anonymous or self.webhook_username is not None or bool(self.webhook_secret)
+
+    @property
+    def webhook_keys(self) -> tuple[bytes, ...]:
+        """The keys that a webhook may be signed with."""
+        keys = (webhook_key(secret.get_secret_value()) for secret in self.webhook_secret)
+        return tuple(key for key in keys if key is not None)
 
     @property
     def admin_token_file(self) -> Path:
@@ -204,8 +217,10 @@ class Settings(BaseSettings):
         """Return every secret of the tree, for the log to leave out."""
         for group in (self.ovation, self.jwt, self.aws, self.agent):
             for name in type(group).model_fields:
-                if isinstance(value := getattr(group, name), SecretStr):
-                    yield value.get_secret_value()
+                value = getattr(group, name)
+                for each in value if isinstance(value, tuple) else (value,):
+                    if isinstance(each, SecretStr):
+                        yield each.get_secret_value()
 
 
 class Variable(NamedTuple):

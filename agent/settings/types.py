@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +21,11 @@ _POSTGRES = re.compile(
     r"(?:/[^/?#@\s]*)?(?:\?[^#\s]*)?"
 )
 _MOST_ORGANIZATION = 2**31 - 1
+_KEY_LEAST_BYTES = 16
+_NOT_A_KEY = (
+    "must be whsec_ and at least 16 bytes in base64, or several of these separated by commas;"
+    ' `echo "whsec_$(openssl rand -base64 32)"` makes one'
+)
 
 
 def _split(value: object) -> object:
@@ -110,6 +116,29 @@ def _user_name(value: SecretStr) -> SecretStr:
     return value
 
 
+def webhook_key(secret: str) -> bytes | None:
+    """Return the key in a secret of Standard Webhooks, or nothing when there is none or too short a one."""
+    encoded = secret.removeprefix("whsec_").rstrip("=")
+    try:
+        key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
+    except ValueError:
+        return None
+    return key if len(key) >= _KEY_LEAST_BYTES else None
+
+
+def _webhook_secret(value: SecretStr) -> SecretStr:
+    if webhook_key(value.get_secret_value()) is None:
+        raise ValueError(_NOT_A_KEY)
+    return value
+
+
+def _split_webhook_secrets(value: object) -> object:
+    split = _split(value)
+    if isinstance(value, str) and not split:
+        raise ValueError(_NOT_A_KEY)
+    return split
+
+
 def _public_key(value: str) -> str:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
@@ -131,6 +160,10 @@ Password = Annotated[Secret, AfterValidator(_credential)]
 UserName = Annotated[Secret, AfterValidator(_user_name)]
 DatabaseAddress = Annotated[SecretStr, AfterValidator(_postgres_address)]
 PublicKey = Annotated[str, AfterValidator(_public_key)]
+
+WebhookSecrets = Annotated[
+    tuple[Annotated[Secret, AfterValidator(_webhook_secret)], ...], NoDecode, BeforeValidator(_split_webhook_secrets)
+]
 
 Address = Annotated[str, AfterValidator(_web_address)]
 Origin = Annotated[str, AfterValidator(_origin)]

@@ -92,9 +92,7 @@ class Evaluator:
         due_at = None if seconds is None else datetime.now(UTC) + timedelta(seconds=seconds)
         logger().warning("not_judged", entity_id=watched.entity_id, reason=reason)
         with contextlib.suppress(DatabaseError):
-            await self._watch_list.judged(
-                watched, reasons=(reason,), due_at=due_at, attempt=watched.attempt + 1, gained=watched.gained
-            )
+            await self._watch_list.judged(watched, reasons=(reason,), due_at=due_at, attempt=watched.attempt + 1)
 
     async def _look_at_revision(self, watched: Watched) -> None:
         """A Revision changed: have the Activities that use it looked at."""
@@ -112,21 +110,21 @@ class Evaluator:
             await self._watch_list.judged(watched, reasons=(_nowhere(self._organizations(watched)),))
             return
         before = watched.history
-        if before is None and not watched.gained:
-            # Nobody told what changed, so only what is younger than the agent counts as a change.
+        if before is None:
             before = history(activity, await self._watch_list.installed_at())
+        before -= watched.gained  # somebody told of these: they are a change, however old they are
         live = await self._watch_list.live(activity.id)
         if live is not None:
             reason = f"run {live.run} is under way; what changed is judged when it has ended"
-            await self._judged(watched, activity, (reason,), before, gained=watched.gained)
+            await self._judged(watched, activity, (reason,), before)
             return
         ran = await self._watch_list.ran(activity.id)
         suffixes = self._settings.agent.image_suffixes
-        judgement = readiness(activity, suffixes, ran, history=before or frozenset())
+        judgement = readiness(activity, suffixes, ran, history=before)
         if isinstance(judgement, NotReady):
             logger().info("activity_not_ready", activity_id=activity.id, reasons=list(judgement.reasons))
             again = _UPLOAD_LOOK_SECONDS if judgement.waiting else None
-            await self._judged(watched, activity, judgement.reasons, before, again, gained=judgement.waiting)
+            await self._judged(watched, activity, judgement.reasons, before, again)
             return
         job, made = await self._watch_list.start(activity, judgement.plan, watched.trigger)
         if made:
@@ -139,10 +137,8 @@ class Evaluator:
         watched: Watched,
         activity: Activity,
         reasons: Sequence[str],
-        before: frozenset[str] | None,
+        before: frozenset[str],
         again_seconds: float | None = None,
-        *,
-        gained: bool = False,
     ) -> None:
         due_at = None if again_seconds is None else datetime.now(UTC) + timedelta(seconds=again_seconds)
         await self._watch_list.judged(
@@ -150,7 +146,6 @@ class Evaluator:
             reasons=reasons,
             due_at=due_at,
             organization=activity.organization,
-            gained=gained and watched.gained,
             history=before,
         )
 

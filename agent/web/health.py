@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from agent.errors import DatabaseError
 from agent.web.state import SERVICES, problem
@@ -23,5 +23,5 @@ async def ready(request: web.Request) -> web.Response:
     try:
         await request.app[SERVICES].database.check()
     except DatabaseError as error:
-        return problem(503, str(error))
+        return problem(503, str(error), {hdrs.RETRY_AFTER: "10"})
     return web.json_response({"status": "ready"})

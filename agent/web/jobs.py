@@ -7,7 +7,6 @@ import contextlib
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from aiohttp import hdrs, web
 
@@ -16,11 +15,11 @@ from agent.domain.activity import NotReady, readiness
 from agent.domain.job import TERMINAL, Job, State
 from agent.domain.workdir import Layout
 from agent.errors import DatabaseError, OvationError, OvationNotFound
-from agent.web.state import SERVICES, bearer, failure, is_id, read_json, same
+from agent.web.answers import ActivityAnswer, EventList, JobAnswer, JobList
+from agent.web.state import MAX_LISTED, SERVICES, bearer, failure, is_id, read_json, same
 
 routes = web.RouteTableDef()
 _FOLLOW_SECONDS = 0.2
-_MAX_LISTED = 1000
 _LOG_FOLLOWED_STATES = frozenset({State.QUEUED, State.STAGING, State.LAUNCHING, State.RUNNING})
 
 
@@ -38,15 +37,15 @@ async def list_jobs(request: web.Request) -> web.Response:
     state, limit = request.query.get("state"), request.query.get("limit", "100")
     if state is not None and state not in set(State):
         raise failure(400, f"no such state: the states are {', '.join(State)}")
-    if not re.fullmatch(r"[0-9]{1,4}", limit) or not 1 <= int(limit) <= _MAX_LISTED:
-        raise failure(400, f"limit is not a number from 1 to {_MAX_LISTED}")
+    if not re.fullmatch(r"[0-9]{1,4}", limit) or not 1 <= int(limit) <= MAX_LISTED:
+        raise failure(400, f"limit is not a number from 1 to {MAX_LISTED}")
     activity_id = request.query.get("activity_id")
     if activity_id is not None and not is_id(activity_id):
         raise failure(400, "activity_id is not an Ovation id")
     jobs = await request.app[SERVICES].jobs.newest(
         activity_id=activity_id, state=State(state) if state else None, most=int(limit)
     )
-    return web.json_response({"jobs": [as_json(job) for job in jobs]})
+    return web.json_response(JobList(jobs=[as_json(job) for job in jobs]))
 
 
 @routes.get("/api/jobs/{id}")
@@ -60,18 +59,20 @@ async def list_events(request: web.Request) -> web.Response:
     """Tell a job's story: every move with its time."""
     job = await _job(request)
     events = await request.app[SERVICES].jobs.events(job.id)
-    listed = [
-        {
-            "id": each.id,
-            "at": _time(each.at),
-            "state": each.state,
-            "attempt": each.attempt,
-            "note": each.note,
-            "done": each.done,
-        }
-        for each in events
-    ]
-    return web.json_response({"events": listed})
+    answer: EventList = {
+        "events": [
+            {
+                "id": each.id,
+                "at": each.at.isoformat(),
+                "state": each.state,
+                "attempt": each.attempt,
+                "note": each.note,
+                "done": None if each.done is None else dict(each.done),
+            }
+            for each in events
+        ]
+    }
+    return web.json_response(answer)
 
 
 @routes.get("/api/activities/{id}")
@@ -85,17 +86,16 @@ async def get_activity(request: web.Request) -> web.Response:
     jobs = await services.jobs.newest(activity_id=activity_id)
     if look is None and not jobs:
         raise failure(404, "no webhook and no person has named this Activity")
-    return web.json_response(
-        {
-            "id": activity_id,
-            "organization": look.organization if look else jobs[0].organization,
-            "judged_at": _time(look.judged_at) if look else None,
-            "reasons": list(look.reasons) if look else [],
-            "due_at": _time(look.due_at) if look else None,
-            "deliveries": [{"at": _time(at), "source": source} for at, source in look.deliveries] if look else [],
-            "jobs": [as_json(job) for job in jobs],
-        }
-    )
+    answer: ActivityAnswer = {
+        "id": activity_id,
+        "organization": look.organization if look else jobs[0].organization,
+        "judged_at": _time(look.judged_at) if look else None,
+        "reasons": list(look.reasons) if look else [],
+        "due_at": _time(look.due_at) if look else None,
+        "deliveries": [{"at": at.isoformat(), "source": source} for at, source in look.deliveries] if look else [],
+        "jobs": [as_json(job) for job in jobs],
+    }
+    return web.json_response(answer)
 
 
 @routes.post("/api/jobs/{id}/cancel")
@@ -136,18 +136,23 @@ async def read_log(request: web.Request) -> web.StreamResponse:
     """Send what the container wrote so far; with `follow=1`, what it writes until it ends."""
     job = await _job(request)
     services = request.app[SERVICES]
-    follow = request.query.get("follow") == "1"
+    follow = request.query.get("follow", "0")
+    if follow not in {"0", "1"}:
+        raise failure(400, "follow is neither 0 nor 1")
     path = Path(Layout(services.data_dir, job.id).log(request.match_info["stream"]))
     live = job.state in _LOG_FOLLOWED_STATES
-    if not (follow and live) and not await asyncio.to_thread(path.exists):
+    following = follow == "1"
+    if not (following and live) and not await asyncio.to_thread(path.exists):
         raise failure(404, "there is no such log on this machine: the run has not begun, or its logs are in Ovation")
     response = web.StreamResponse(
         headers={hdrs.CONTENT_TYPE: "text/plain; charset=utf-8", "X-Content-Type-Options": "nosniff"}
     )
     await response.prepare(request)
+    if request.method == hdrs.METH_HEAD:
+        return response  # aiohttp would send what is written, and the connection's next answer be taken for garbage
     position = 0
     while True:
-        ended = not follow or await _has_ended(services.jobs, job.id)
+        ended = not following or await _has_ended(services.jobs, job.id)
         position = await _send_from(response, path, position)
         if ended:
             break
@@ -187,7 +192,7 @@ async def _job(request: web.Request) -> Job:
     return job
 
 
-def as_json(job: Job) -> dict[str, Any]:
+def as_json(job: Job) -> JobAnswer:
     """Return a job as programs read it."""
     return {
         "id": job.id,
@@ -206,7 +211,7 @@ def as_json(job: Job) -> dict[str, Any]:
         "attempt": job.attempt,
         "waiting_for": job.waiting_for,
         "cancel_requested": job.cancel_requested,
-        "created_at": _time(job.created_at),
+        "created_at": job.created_at.isoformat(),
         "started_at": _time(job.started_at),
         "finished_at": _time(job.finished_at),
         "progress": dict(job.progress),

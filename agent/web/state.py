@@ -7,9 +7,9 @@ import hmac
 import json
 import re
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import LooseHeaders
@@ -18,15 +18,30 @@ from agent.adapters.ovation import Ovation
 from agent.db.database import Database
 from agent.db.jobs import Jobs
 from agent.db.watched import WatchList
+from agent.domain.delivery import Delivery, Receipt
 from agent.errors import DatabaseError
 from agent.logs import logger
 from agent.settings import Settings
+from agent.web.refusals import Refusals
 
 MAX_BODY_BYTES = 64 * 1024
 MOST_ORGANIZATION = 2**31 - 1
+MAX_LISTED = 1000
 _BODY_SECONDS = 30.0
 _ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,127}")
 _HEADER_TOKEN = re.compile(r"[\x21-\x7e]+")
+
+
+class Inbox(Protocol):
+    """Where webhooks are committed."""
+
+    async def store(self, delivery: Delivery) -> Receipt:
+        """Return once the delivery is committed, or could not be taken."""
+        ...
+
+    async def close(self) -> None:
+        """Write what waits and take nothing more."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +55,10 @@ class Services:
     ovation: Ovation
     data_dir: Path
     admin_token: str
-    on_hint: Callable[[], None]
+    inbox: Inbox
     on_job: Callable[[], None]
     on_cancel: Callable[[str], None]
+    refusals: Refusals = field(default_factory=Refusals)
 
 
 SERVICES = web.AppKey("services", Services)
@@ -54,15 +70,18 @@ def problem(status: int, detail: str, headers: LooseHeaders | None = None) -> we
 
 
 async def read_json(request: web.Request) -> Any:
-    """Return the body's JSON.
+    """Return the body's JSON; raises what `read_body` and `parse_json` raise."""
+    return parse_json(await read_body(request))
+
+
+def parse_json(body: bytes) -> Any:
+    """Return what a body says.
 
     Raises:
-        web.HTTPException: 413 above 64 KiB, without reading on; 408 when it does not come; 415 when it is compressed;
-            400 when it is not JSON, saying where.
+        web.HTTPException: 400 when it is not JSON, saying where.
     """
-    body = await _read(request)
     try:
-        return json.loads(body)
+        return json.loads(body, parse_float=_number)
     except UnicodeDecodeError:
         raise failure(400, "the body is not text in UTF-8") from None
     except json.JSONDecodeError as error:
@@ -71,10 +90,20 @@ async def read_json(request: web.Request) -> Any:
         raise failure(400, "the body is not JSON that can be read") from None
 
 
-async def _read(request: web.Request) -> bytes:
-    too_large = failure(413, f"the body is larger than {MAX_BODY_BYTES} bytes", {hdrs.CONNECTION: "close"})
+def _number(text: str) -> int | float:
+    """Read a number that is not written as an integer but may be one: in JSON 3.0 is 3."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
+async def read_body(request: web.Request) -> bytes:
+    """Return the body as it came.
+
+    Raises:
+        web.HTTPException: 413 above 64 KiB, without reading on; 408 when it does not come; 415 when it is compressed.
+    """
     if (request.content_length or 0) > MAX_BODY_BYTES:
-        raise too_large
+        raise _too_large()
     if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
         raise failure(415, "the body is compressed: send it as it is", {hdrs.CONNECTION: "close"})
     body = bytearray()
@@ -83,13 +112,17 @@ async def _read(request: web.Request) -> bytes:
             async for chunk in request.content.iter_any():
                 body += chunk
                 if len(body) > MAX_BODY_BYTES:
-                    raise too_large
+                    raise _too_large()
     except TimeoutError:
         problem = f"the body did not come within {_BODY_SECONDS:.0f} seconds"
         raise failure(408, problem, {hdrs.CONNECTION: "close"}) from None
     except web.RequestPayloadError:
         raise failure(400, "the body does not come as its headers say", {hdrs.CONNECTION: "close"}) from None
     return bytes(body)
+
+
+def _too_large() -> web.HTTPException:
+    return failure(413, f"the body is larger than {MAX_BODY_BYTES} bytes", {hdrs.CONNECTION: "close"})
 
 
 def failure(status: int, detail: str, headers: LooseHeaders | None = None) -> web.HTTPException:

@@ -8,13 +8,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from aiohttp import encode_basic_auth
 
 from agent.db.database import Database
 from agent.db.reconciliations import Reconciliations, Seen
 from agent.db.watched import WatchList
 from agent.domain.webhook import Hint
 from agent.sandbox.server import Sandbox
-from tests.agents import AgentProcess, running_agent, until
+from tests.agents import WEBHOOK_KEY, AgentProcess, running_agent, until
 from tests.images import SCRIPT
 from tests.lab import Lab
 
@@ -77,6 +78,26 @@ async def test_a_new_link_on_an_old_activity_is_a_reason_although_the_file_is_ol
         deaf.sandbox.admin.link(activity_id, "inputs", old_file, "activities")
         job = await agent.job(activity_id)
         assert (job["state"], job["trigger"]) == ("succeeded", "webhook")
+
+
+async def test_a_walk_that_is_quicker_than_the_webhook_hides_nothing(deaf: Lab) -> None:
+    """Files from before the agent, linked after it: the walk looks first and takes them for history."""
+    old_file, old_image = deaf.revision(SCRIPT, "true"), deaf.image()
+    admin = deaf.sandbox.admin
+    activity_id = str(admin.create_activity(deaf.project_id, "Old", [], [])["_id"])
+    async with running_agent(deaf.sandbox.environment(), deaf.directory / "agent", **QUICK) as agent:
+        admin.link(activity_id, "inputs", old_file, "activities")
+        admin.link(activity_id, "actions", old_image, "procedures")
+        await agent.why(activity_id, "nothing new since the agent was installed")
+        for rel, target in (("inputs", old_file), ("actions", old_image)):
+            status, _ = await agent.call(
+                "POST",
+                "/webhooks/ovation",
+                json={"rel": rel, "entity_id": activity_id, "target_id": target},
+                headers={"Authorization": encode_basic_auth(WEBHOOK_KEY, WEBHOOK_KEY)},
+            )
+            assert status == 202
+        assert (await agent.job(activity_id))["state"] == "succeeded"
 
 
 async def test_an_outage_of_ovation_is_waited_out(deaf: Lab) -> None:
@@ -155,12 +176,12 @@ async def test_the_slow_round_reaches_everything(database: Database) -> None:
 
 async def test_a_webhook_is_not_taken_for_a_walk(database: Database) -> None:
     reconciliations, watch_list = Reconciliations(database), WatchList(database)
-    await watch_list.hint([Hint("activity-1", "Activity", 0, gained=True)], settle_seconds=0)
+    await watch_list.hint([Hint("activity-1", "Activity", 0, gained="image-1")], settle_seconds=0)
     walk = await reconciliations.claim(0, 30)
     assert walk is not None
     await reconciliations.note(walk, [Seen("activity-1", "t", recent=True)])
     [watched] = await watch_list.claim(10, 30, "tests")
-    assert (watched.trigger, watched.gained) == ("webhook", True)
+    assert (watched.trigger, watched.gained) == ("webhook", frozenset({"image-1"}))
 
 
 async def test_the_agent_knows_when_it_was_installed(database: Database) -> None:

@@ -357,8 +357,25 @@ def test_no_secret_is_ever_repeated(name: str, secret: str, how: str) -> None:
 
 
 def test_secrets_are_listed_for_the_log(environment: Callable[..., None]) -> None:
-    environment(**dict.fromkeys(SECRETS, "a-secret"), OVATION_CLIENT_ID="id", AGENT_DATABASE_URL="postgresql://u:p@h/d")
-    assert set(Settings.load().secrets()) == {"a-secret", "postgresql://u:p@h/d"}
+    one, other, dsn = "one" * 8, "two" * 8, "postgresql://u:p@h/d"
+    secrets = {**dict.fromkeys(SECRETS, one), "AGENT_WEBHOOK_SECRET": f"{one}, whsec_{other}"}
+    environment(**secrets, OVATION_CLIENT_ID="id", AGENT_DATABASE_URL=dsn)
+    assert set(Settings.load().secrets()) == {one, f"whsec_{other}", dsn}
+
+
+@pytest.mark.parametrize(
+    "secret", ["whsec_", "a password", "whsec_tooshort", "whsec_" + "A" * 24 + "?", "A" * 24 + ",x"]
+)
+def test_a_webhook_secret_that_is_no_key(secret: str, environment: Callable[..., None]) -> None:
+    environment(AGENT_WEBHOOK_SECRET=secret)
+    assert "AGENT_WEBHOOK_SECRET: must be whsec_ and at least 16 bytes in base64" in problem()
+
+
+def test_webhook_secrets_guard_webhooks(environment: Callable[..., None]) -> None:
+    environment(AGENT_WEBHOOK_SECRET="QUFBQUFBQUFBQUFBQUFBQQ==, whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLw,")
+    agent = Settings.load().agent
+    assert agent.webhooks_are_guarded
+    assert agent.webhook_keys == (b"A" * 16, bytes.fromhex("31f290f6bf06298aab4f08d43c3f082cf648a362da2f"))
 
 
 def test_the_tree_is_frozen() -> None:

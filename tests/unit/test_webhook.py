@@ -25,12 +25,12 @@ ACTIVITY, REVISION = "4b6de6e8-502b-40ed-95eb-4e4f3fc0ab40", "0d0e9f7e-95a3-4a0b
                 "entity_id": ACTIVITY,
                 "target_id": REVISION,
             },
-            (Hint(ACTIVITY, "Activity", None, gained=True),),
+            (Hint(ACTIVITY, "Activity", None, gained=REVISION),),
             id="mapped relation",
         ),
         pytest.param(
             {"rel": "procedures", "inverse_rel": "actions", "entity_id": REVISION, "target_id": ACTIVITY},
-            (Hint(ACTIVITY, "Activity", None, gained=True),),
+            (Hint(ACTIVITY, "Activity", None, gained=REVISION),),
             id="mapped relation from the other end",
         ),
         pytest.param(
@@ -42,12 +42,12 @@ ACTIVITY, REVISION = "4b6de6e8-502b-40ed-95eb-4e4f3fc0ab40", "0d0e9f7e-95a3-4a0b
                 "target_id": REVISION,
                 "organization_id": 7,
             },
-            (Hint(ACTIVITY, "Activity", 7, gained=True),),
+            (Hint(ACTIVITY, "Activity", 7, gained=REVISION),),
             id="whole relation",
         ),
         pytest.param(
             {"_id": f"{ACTIVITY}--inputs-->{REVISION}", "type": "Relation"},
-            (Hint(ACTIVITY, "Activity", None, gained=True),),
+            (Hint(ACTIVITY, "Activity", None, gained=REVISION),),
             id="relation with its derived id alone",
         ),
         pytest.param(

@@ -19,7 +19,7 @@ CREATE TABLE watched (
     unquiet_since timestamptz, -- the first change since the last look: bounds the wait for a quiet time
     due_at       timestamptz,
     cause        text        NOT NULL DEFAULT 'webhook' CHECK (cause IN ('webhook', 'reconcile')),
-    gained       boolean     NOT NULL DEFAULT false, -- somebody told that an input or a related file was added
+    gained       text[]      NOT NULL DEFAULT '{}', -- the inputs and related files that somebody told were added
     listed_at    text,        -- the updated-at with which reconciliation last saw it
     history      text[],      -- what was linked before the agent was installed; NULL until somebody looked
     generation   bigint      NOT NULL DEFAULT 1,
