@@ -53,11 +53,16 @@ def serve(config: Path | None) -> None:
 @main.command()
 @click.option("--keep", is_flag=True, help="Leave everything up afterwards, until Ctrl-C.")
 @click.option("--outputs", type=click.Path(path_type=Path, file_okay=False), default="demo-outputs", show_default=True)
-def demo(*, keep: bool, outputs: Path) -> None:
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the demo keeps its files while it runs. Default: the system's directory for temporary files.",
+)
+def demo(*, keep: bool, outputs: Path, directory: Path | None) -> None:
     """Do the main job on this machine, with a stand-in for Ovation and nothing configured."""
     from agent.sandbox import demo as walk
 
-    sys.exit(walk.run(keep=keep, outputs=outputs))
+    sys.exit(walk.run(keep=keep, directory=directory, outputs=outputs))
 
 
 @main.command()

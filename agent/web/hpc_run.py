@@ -96,7 +96,7 @@ async def hpc_run(request: web.Request) -> web.Response:
     if _inputs(job) <= {entity.id for entity in activity.inputs}:
         _READERS.remember(token, job.id)
     answer: Started = {"job_id": job.id, "activity_id": job.activity_id, "run": job.run, "state": job.state}
-    return web.json_response(answer, status=201, headers={hdrs.LOCATION: f"/api/jobs/{job.id}"})
+    return web.json_response(answer, status=201, headers={hdrs.LOCATION: f"/hpc_run/{job.id}"})
 
 
 @routes.get("/hpc_run/{job_id}")

@@ -53,7 +53,7 @@ def _header(description: str, **schema: Any) -> Schema:
 
 _CLOSE = {"Connection": _header("The rest of the body is not read.", const="close")}
 _RETRY_AFTER = {"Retry-After": _header("Seconds to wait before the next try.", pattern="^[0-9]+$")}
-_LOCATION = {"Location": _header("The job's address in the API.", format="uri-reference")}
+_LOCATION = {"Location": _header("Where the person who asked finds the job.", format="uri-reference")}
 _CHALLENGE = "How to authenticate."
 
 PROBLEMS: dict[str, Problem] = {

@@ -396,7 +396,8 @@ def test_a_group_means_what_its_deliveries_mean_one_by_one(
                             "UPDATE watched SET unquiet_since = NULL, gained = '{}', attempt = 3, cause = 'reconcile'"
                         )
             query = (
-                "SELECT entity_id, entity_type, organization, ARRAY(SELECT unnest(gained) ORDER BY 1), generation, attempt, cause,"
+                "SELECT entity_id, entity_type, organization, ARRAY(SELECT unnest(gained) ORDER BY 1), generation,"
+                " attempt, cause,"
                 " round(extract(epoch FROM unquiet_since - now())) AS since,"
                 " round(extract(epoch FROM due_at - now()) / 10) AS due FROM watched ORDER BY entity_id"
             )

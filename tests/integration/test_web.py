@@ -464,7 +464,7 @@ async def test_201_says_which_job(site: Site) -> None:
     token = site.lab.sandbox.user_token(PERSON)
     answer = await wish(site, token, activity_id=activity_id, image_name="image.sif", organization=0)
     assert answer.status == 201
-    assert answer.headers["Location"] == f"/api/jobs/{answer.body['job_id']}"
+    assert answer.headers["Location"] == f"/hpc_run/{answer.body['job_id']}"
     assert answer.body["activity_id"] == activity_id
     again = await wish(site, token, activity_id=activity_id, image_name="image.sif", organization="0")
     assert (again.status, again.body["job_id"]) == (201, answer.body["job_id"])
