@@ -36,8 +36,9 @@ test: setup-dev  ## Run all tests, on the real parts
 	@$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: bench
-bench: setup-dev  ## Measure how many webhooks the agent takes, and how soon it answers; several minutes
+bench: setup-dev  ## Measure how many webhooks the agent takes and how soon it answers, and run a full storm of them
 	@$(BIN)/python -m tests.bench.ingress $(ARGS)
+	@$(BIN)/python -m tests.bench.storm
 
 .PHONY: check
 check: setup-dev  ## Check style, types, dependencies between packages, scripts, documents and locks

@@ -19,9 +19,6 @@ from agent.db.database import Database
 from agent.sandbox.server import Sandbox
 from tests.triggers import Triggers, triggers
 
-ACTIVITIES = 100
-PHASES = 4
-DELIVERIES = 10_000
 SENDERS = 16
 
 
@@ -100,13 +97,19 @@ async def send(url: str, deliveries: Iterable[Delivery]) -> None:
         await asyncio.gather(*(one(http) for _ in range(SENDERS)))
 
 
-async def test_one_run_a_real_change(tmp_path: Path, opened: Database) -> None:
-    chance = random.Random(7)  # noqa: S311 repeatable
-    async with Sandbox(tmp_path / "sandbox") as sandbox, triggers(sandbox, opened, tmp_path) as front:
+async def storm(
+    directory: Path, database: Database, *, activities: int, phases: int, deliveries: int, seed: int = 7
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Send a storm in phases and return, by Activity, the real changes and the runs there were.
+
+    In each phase an Activity may gain an input and lose another; its deliveries come doubled and shuffled, among late
+    ones of the phases before. A walk at the end must find nothing.
+    """
+    chance = random.Random(seed)  # noqa: S311 repeatable
+    async with Sandbox(directory / "sandbox") as sandbox, triggers(sandbox, database, directory) as front:
         project_id = str(sandbox.admin.create_project("Storm")["_id"])
-        benches = [Bench(sandbox, project_id) for _ in range(ACTIVITIES)]
-        sent = 0
-        for phase in range(PHASES):
+        benches = [Bench(sandbox, project_id) for _ in range(activities)]
+        for phase in range(phases):
             new: list[Delivery] = []
             for bench in benches:
                 before = len(bench.deliveries)
@@ -118,15 +121,19 @@ async def test_one_run_a_real_change(tmp_path: Path, opened: Database) -> None:
                     bench.lose()
                 new += bench.deliveries[before:]
             late = [delivery for bench in benches for delivery in bench.deliveries]
-            storm = new + chance.choices(late, k=DELIVERIES // PHASES - len(new))
-            chance.shuffle(storm)
-            await send(front.url, storm)
-            sent += len(storm)
+            lot = new + chance.choices(late, k=deliveries // phases - len(new))
+            chance.shuffle(lot)
+            await send(front.url, lot)
             await front.settled()
-        assert sent == DELIVERIES
-        assert await front.runs() == {bench.activity_id: bench.gains for bench in benches}
+        runs = await front.runs()
         await front.walk()
-        assert await front.runs() == {bench.activity_id: bench.gains for bench in benches}
+        assert await front.runs() == runs
+        return {bench.activity_id: bench.gains for bench in benches}, runs
+
+
+async def test_one_run_a_real_change(tmp_path: Path, opened: Database) -> None:
+    changes, runs = await storm(tmp_path, opened, activities=100, phases=4, deliveries=10_000)
+    assert runs == changes
 
 
 steps = st.lists(st.sampled_from(["gain", "lose", "send", "walk"]), max_size=8)
