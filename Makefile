@@ -36,9 +36,10 @@ test: setup-dev  ## Run all tests, on the real parts
 	@$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: bench
-bench: setup-dev  ## Measure how many webhooks the agent takes and how soon it answers, and run a full storm of them
+bench: setup-dev  ## Measure how many webhooks the agent takes and how soon it answers, a full storm of them, and what walks cost
 	@$(BIN)/python -m tests.bench.ingress $(ARGS)
 	@$(BIN)/python -m tests.bench.storm
+	@$(BIN)/python -m tests.bench.reconcile
 
 .PHONY: check
 check: setup-dev  ## Check style, types, dependencies between packages, scripts, documents and locks

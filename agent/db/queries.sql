@@ -85,7 +85,8 @@ WITH listed AS (
     SELECT * FROM unnest(:ids::text[], :listed_at::text[], :recent::boolean[]) AS l (id, listed_at, recent)),
 noted AS (
     INSERT INTO watched AS w (entity_id, entity_type, organization, changed_at, listed_at, due_at, cause)
-    SELECT id, 'Activity', :organization, now(), listed_at, CASE WHEN recent THEN now() END, 'reconcile' FROM listed
+    SELECT id, 'Activity', :organization, CASE WHEN recent THEN now() ELSE to_timestamp(0) END, listed_at,
+        CASE WHEN recent THEN now() END, 'reconcile' FROM listed
     ORDER BY id
     ON CONFLICT (entity_id) DO UPDATE SET
         listed_at = excluded.listed_at, organization = excluded.organization,
@@ -97,14 +98,16 @@ noted AS (
 SELECT count(*) FROM noted WHERE due_at IS NOT NULL;
 
 -- name: look_again_slowly$
--- Make due the Activities that nobody has looked at for longest, half of them among those that changed lately.
+-- Make due the Activities that nobody has looked at for longest, up to half of them among those that changed lately.
 WITH idle AS (
     SELECT entity_id, judged_at, changed_at > now() - interval '7 days' AS lately FROM watched
     WHERE organization = :organization AND entity_type = 'Activity' AND due_at IS NULL
         AND (judged_at IS NULL OR judged_at < now() - :age::interval)),
-chosen AS (
-    (SELECT entity_id FROM idle WHERE lately ORDER BY judged_at NULLS FIRST LIMIT :most / 2)
-    UNION (SELECT entity_id FROM idle ORDER BY judged_at NULLS FIRST LIMIT :most / 2)),
+recent AS (SELECT entity_id FROM idle WHERE lately ORDER BY judged_at NULLS FIRST LIMIT :most / 2),
+rest AS (
+    SELECT entity_id FROM idle WHERE entity_id NOT IN (SELECT entity_id FROM recent)
+    ORDER BY judged_at NULLS FIRST LIMIT :most - (SELECT count(*) FROM recent)),
+chosen AS (SELECT entity_id FROM recent UNION ALL SELECT entity_id FROM rest),
 free AS (
     SELECT entity_id FROM watched WHERE entity_id IN (SELECT entity_id FROM chosen) AND due_at IS NULL
     FOR UPDATE SKIP LOCKED),
