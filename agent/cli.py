@@ -50,7 +50,7 @@ def serve(config: Path | None) -> None:
     run(app.serve(load_settings(config, log=True)))
 
 
-@main.command()
+@main.command(short_help="Do the main job here, with a stand-in for Ovation.")
 @click.option("--keep", is_flag=True, help="Leave everything up afterwards, until Ctrl-C.")
 @click.option("--outputs", type=click.Path(path_type=Path, file_okay=False), default="demo-outputs", show_default=True)
 @click.option(
@@ -79,7 +79,7 @@ def migrate(config: Path | None) -> None:
     click.echo("\n".join(f"applied {name}" for name in applied) or "the schema is up to date")
 
 
-@main.command()
+@main.command(short_help="Check the machine and the settings, with remedies.")
 @click.pass_obj
 def doctor(config: Path | None) -> None:
     """Check the machine and the settings; each trouble comes with its remedy."""
@@ -117,7 +117,7 @@ def jobs(config: Path | None, activity: str | None, state: str | None, limit: in
     console.show_jobs(answer["jobs"], as_json=as_json)
 
 
-@main.command()
+@main.command(short_help="Tell one job's story, and what it waits for.")
 @click.argument("job")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.pass_obj
@@ -159,7 +159,7 @@ def logs_(config: Path | None, job: str, *, follow: bool, stream: str | None) ->
     _ask(config, work)
 
 
-@main.command()
+@main.command(short_help="End a job; what there is is still delivered.")
 @click.argument("job")
 @click.pass_obj
 def cancel(config: Path | None, job: str) -> None:
@@ -176,7 +176,7 @@ def rerun(config: Path | None, job: str) -> None:
     click.echo(_ask(config, lambda client: client.post("api", "jobs", job, "rerun"))["id"])
 
 
-@main.command("try")
+@main.command("try", short_help="Run IMAGE just as a job would, without Ovation.")
 @click.argument("image", type=click.Path(path_type=Path))
 @click.option("--inputs", required=True, type=click.Path(path_type=Path), help="What the image sees as /inputs.")
 @click.option("--related", type=click.Path(path_type=Path), help="What it sees as /related. Default: nothing.")

@@ -34,7 +34,7 @@ Examples:
 """
 
 
-@click.command("hpc_run", epilog=_HPC_RUN_EXAMPLES)
+@click.command("hpc_run", short_help="Ask an agent for a run, as yourself; follow it.", epilog=_HPC_RUN_EXAMPLES)
 @click.option("--activity", help="The Activity's id.")
 @click.option("--image", help="The name of the related file to run.")
 @click.option("--job", help="Follow this job, instead of asking for one.")
@@ -84,7 +84,7 @@ def hpc_run(
     run(work())
 
 
-@click.group("webhooks", epilog=_WEBHOOKS_EXAMPLES)
+@click.group("webhooks", short_help="Manage Ovation's webhooks; test their way here.", epilog=_WEBHOOKS_EXAMPLES)
 def webhooks() -> None:
     """Have Ovation tell the agent of changes, and see whether what it tells arrives.
 
@@ -93,7 +93,7 @@ def webhooks() -> None:
     """
 
 
-@webhooks.command("list")
+@webhooks.command("list", short_help="List a project template's subscriptions.")
 @click.option("--template", required=True, help="The project template's id.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.pass_obj
@@ -104,7 +104,7 @@ def webhooks_list(config: Path | None, template: str, *, as_json: bool) -> None:
     run(subscriptions.show_all(load_settings(config), template, as_json=as_json))
 
 
-@webhooks.command("add", epilog=_WEBHOOKS_EXAMPLES)
+@webhooks.command("add", short_help="Subscribe to a project template's events.", epilog=_WEBHOOKS_EXAMPLES)
 @click.option("--template", required=True, help="The project template's id.")
 @click.option("--target-url", required=True, help="Where Ovation reaches the agent: https://HOST is enough.")
 @click.option("--event", "events", required=True, multiple=True, help="What is to be told; may be given several times.")
@@ -130,7 +130,7 @@ def webhooks_add(
     run(subscriptions.add(load_settings(config), template, target, events, as_json=as_json))
 
 
-@webhooks.command("remove")
+@webhooks.command("remove", short_help="Remove a subscription.")
 @click.option("--template", required=True, help="The project template's id.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.argument("subscription")
@@ -142,7 +142,7 @@ def webhooks_remove(config: Path | None, template: str, subscription: str, *, as
     run(subscriptions.remove(load_settings(config), template, subscription, as_json=as_json))
 
 
-@webhooks.command("documents")
+@webhooks.command("documents", short_help="Print the research service's documents.")
 @click.option("--target-url", required=True, help="Where Ovation reaches the agent: https://HOST is enough.")
 @click.option(
     "--organization",
@@ -159,7 +159,7 @@ def webhooks_documents(config: Path | None, target_url: str, organization: int |
         click.echo(line, err=True)
 
 
-@webhooks.command("test", epilog=_WEBHOOKS_EXAMPLES)
+@webhooks.command("test", short_help="Send a delivery through the front door.", epilog=_WEBHOOKS_EXAMPLES)
 @click.option("--activity", help="About this Activity; a ready one is run. Default: an id made up.")
 @click.option("--organization", type=click.IntRange(0, 2**31 - 1), help="The Activity's. Default: the agent looks.")
 @click.option("--url", help="The front door, as Ovation sees it. Default: the agent of the settings, on this machine.")
