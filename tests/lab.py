@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 
 from agent.sandbox.server import Sandbox
-from tests.agents import WEBHOOK_KEY, AgentProcess, running_agent
+from tests.agents import WEBHOOK_KEY, AgentProcess, running_agent, until
 from tests.images import SCRIPT, images
 
 
@@ -107,4 +107,9 @@ async def laboratory(directory: Path, **settings: str) -> AsyncIterator[Lab]:
         lab = Lab(sandbox, directory)
         async with running_agent(sandbox.environment(), directory / "agent", **settings) as agent:
             lab.watch(agent)
+
+            async def walked() -> bool | None:
+                return bool(agent.events("reconciled")) or None
+
+            await until(walked, "the walk at the start", agent.log)  # or it would find what webhooks are to tell
             yield lab
