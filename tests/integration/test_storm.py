@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from agent.db.database import Database
 from agent.sandbox.server import Sandbox
+from agent.trigger import evaluate
 from tests.triggers import Triggers, triggers
 
 SENDERS = 16
@@ -194,3 +195,30 @@ async def _play(bench: Bench, front: Triggers, steps: list[str], fates: list[str
                 await send(front.url, now)
                 if chance.random() < 0.5:
                     await front.settled()
+
+
+async def test_an_upload_that_ends_is_noticed_without_a_webhook(
+    tmp_path: Path, opened: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "_UPLOAD_LOOK_SECONDS", 0.2)
+    async with Sandbox(tmp_path / "sandbox") as sandbox, triggers(sandbox, opened, tmp_path) as front:
+        admin = sandbox.admin
+        project_id = str(admin.create_project("Slow")["_id"])
+        slow = admin.in_progress_revision(project_id, "slow.csv")
+        image = admin.create_revision(project_id, "image.sif", "x")["_id"]
+        activity_id = str(admin.create_activity(project_id, "Slow", [slow["_id"]], [image])["_id"])
+        body = {"rel": "inputs", "entity_id": activity_id, "target_id": slow["_id"]}
+        await send(front.url, [Delivery("POST", body)])
+
+        async def reasons() -> tuple[str, ...]:
+            look = await front.watch_list.last_look(activity_id)
+            return look.reasons if look else ()
+
+        while await reasons() != ("waiting for slow.csv to finish uploading",):  # noqa: ASYNC110 a database has no event
+            await asyncio.sleep(0.02)
+        assert await front.runs() == {}
+        revision = admin._entity(slow["_id"])
+        admin._write(revision, b"whole now")
+        sandbox.uploads.complete(admin.service, revision)
+        await front.settled()
+        assert await front.runs() == {activity_id: 1}
