@@ -125,6 +125,19 @@ async def running_agent(
     finally:
         if agent.process.returncode is None:
             await agent.stop()
+        await _stop_postgres(directory / "data" / "postgres" / "postmaster.pid")
+
+
+async def _stop_postgres(pid_file: Path) -> None:
+    """End the embedded PostgreSQL that an agent left which was killed and not started again."""
+    if not pid_file.exists():
+        return
+    os.kill(int(pid_file.read_text().splitlines()[0]), signal.SIGINT)  # PostgreSQL's fast shutdown
+
+    async def gone() -> bool | None:
+        return None if pid_file.exists() else True
+
+    await until(gone, "PostgreSQL's end", pid_file.with_name("log"))
 
 
 def agent_environment(sandbox_environment: dict[str, str], directory: Path, **settings: str) -> dict[str, str]:
