@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import tempfile
@@ -57,7 +58,7 @@ def embedded_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     try:
         yield server.dsn
     finally:
-        server._server.cleanup()
+        asyncio.run(server.stop())
 
 
 def with_database(url: str, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
 import os
 import stat
@@ -63,6 +64,8 @@ class EmbeddedServer:
     async def stop(self) -> None:
         """Stop the server unless another agent uses it."""
         await asyncio.to_thread(self._server.cleanup)
+        # At the interpreter's end it would clean up once more, and make the directory again for its lock.
+        atexit.unregister(self._server._cleanup)  # noqa: SLF001
 
 
 def _forget_the_dead(handles: Path) -> None:
