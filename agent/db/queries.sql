@@ -19,7 +19,8 @@ due AS (
         entity_id, entity_type, organization, changed_at, unquiet_since, due_at, gained, generation)
     SELECT entity_id, (array_agg(entity_type ORDER BY place))[1],
         (array_agg(organization ORDER BY place DESC) FILTER (WHERE organization IS NOT NULL))[1],
-        now(), now(), now() + least(:settle::interval, :longest::interval), coalesce(array_agg(DISTINCT gained) FILTER (WHERE gained IS NOT NULL), '{}'), count(*)
+        now(), now(), now() + least(:settle::interval, :longest::interval),
+        coalesce(array_agg(DISTINCT gained) FILTER (WHERE gained IS NOT NULL), '{}'), count(*)
     FROM news GROUP BY entity_id ORDER BY entity_id
     ON CONFLICT (entity_id) DO UPDATE SET
         organization = coalesce(excluded.organization, w.organization),
@@ -90,6 +91,7 @@ noted AS (
     ORDER BY id
     ON CONFLICT (entity_id) DO UPDATE SET
         listed_at = excluded.listed_at, organization = excluded.organization,
+        changed_at = CASE WHEN excluded.due_at IS NULL THEN w.changed_at ELSE now() END,
         generation = w.generation + CASE WHEN excluded.due_at IS NULL THEN 0 ELSE 1 END,
         cause = CASE WHEN w.due_at IS NULL THEN 'reconcile' ELSE w.cause END,
         due_at = coalesce(w.due_at, excluded.due_at)

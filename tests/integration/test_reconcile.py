@@ -174,6 +174,18 @@ async def test_the_slow_round_reaches_everything(database: Database) -> None:
     assert len(looked_at) == 40
 
 
+async def test_the_slow_round_prefers_what_a_walk_saw_change(database: Database) -> None:
+    reconciliations, watch_list = Reconciliations(database), WatchList(database)
+    walk = await reconciliations.claim(0, 30)
+    assert walk is not None
+    await reconciliations.note(walk, [Seen(f"activity-{number}", "t1", recent=False) for number in range(40)])
+    assert await reconciliations.note(walk, [Seen("activity-7", "t2", recent=True)]) == 1
+    [watched] = await watch_list.claim(10, 30, "tests")
+    await watch_list.judged(watched)
+    assert await reconciliations.look_slowly(walk, 2, age_seconds=0) == 2
+    assert "activity-7" in {each.entity_id for each in await watch_list.claim(10, 30, "tests")}
+
+
 async def test_a_webhook_is_not_taken_for_a_walk(database: Database) -> None:
     reconciliations, watch_list = Reconciliations(database), WatchList(database)
     await watch_list.hint([Hint("activity-1", "Activity", 0, gained="image-1")], settle_seconds=0)
