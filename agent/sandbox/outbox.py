@@ -19,10 +19,12 @@ from agent.sandbox.settings import Clock
 RELATION_MAPPING = {
     "rel": "rel",
     "inverse_rel": "inverse_rel",
-    "owner_id": "user_id",
-    "entity_id": "source_id",
+    "user_id": "owner_id",
+    "source_id": "entity_id",
     "target_id": "target_id",
 }
+"""What a Relation becomes where the webhook names no mapping: the document's field, and what the body calls it."""
+
 _FIELD = re.compile(r":([A-Za-z_]\w*)")
 
 
@@ -45,8 +47,10 @@ class WebhookOutbox:
         for row in self.records.rows("SELECT * FROM webhooks ORDER BY rowid"):
             webhook = json.loads(row["document"])
             if row["generation"] == "research":
-                if _interested(webhook, document):
-                    self._enqueue_research(row["id"], webhook, action, document)
+                body = _mapped(webhook, document)
+                if _interested(webhook, document, body):
+                    url = substituted(webhook["url"], document)
+                    self._enqueue_research(row["id"], webhook, action, url, body)
             else:
                 for event, notice in self._notices(action, document):
                     if webhook["event"] == event:
@@ -77,22 +81,11 @@ class WebhookOutbox:
         return notices
 
     def _enqueue_research(
-        self, webhook_id: str, webhook: dict[str, Any], action: str, document: dict[str, Any]
+        self, webhook_id: str, webhook: dict[str, Any], action: str, url: str, body: dict[str, Any]
     ) -> None:
-        mapping = webhook.get("mapping")
-        if mapping is None and document["type"] == "Relation":
-            mapping = RELATION_MAPPING
-        body = document if mapping is None else {name: _field(document, one) for name, one in mapping.items()}
         key = webhook.get("api_key")
-        self._enqueue(
-            webhook_id,
-            "research",
-            "DELETE" if action == "deleted" else "POST",
-            substituted(webhook["url"], document),
-            {},
-            (key, key),
-            body,
-        )
+        method = "DELETE" if action == "deleted" else "POST"
+        self._enqueue(webhook_id, "research", method, url, {}, (key, key), body)
 
     def _enqueue_lab(self, webhook_id: str, webhook: dict[str, Any], body: dict[str, Any]) -> None:
         credentials = (webhook.get("username"), webhook.get("password"))
@@ -135,8 +128,8 @@ def research_webhook(
 ) -> dict[str, Any]:
     """Return the document of a research webhook.
 
-    `filter_` pairs a field of the changed document (dots lead into it) with a regular expression that it must contain;
-    `mapping` names the fields of the body and the document's field that each is taken from.
+    `mapping` names fields of the changed document (dots lead into it) and what the body calls each. `filter_` pairs a
+    field of the body with a regular expression that its whole value must match.
     """
     return {
         "url": url,
@@ -161,13 +154,20 @@ def _value(document: dict[str, Any], found: re.Match[str]) -> str:
     return found[0] if value is None else quote(str(value), safe="")
 
 
-def _interested(webhook: dict[str, Any], document: dict[str, Any]) -> bool:
+def _mapped(webhook: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
+    mapping = webhook.get("mapping")
+    if mapping is None and document["type"] == "Relation":
+        mapping = RELATION_MAPPING
+    return document if mapping is None else {name: _field(document, field) for field, name in mapping.items()}
+
+
+def _interested(webhook: dict[str, Any], document: dict[str, Any], body: dict[str, Any]) -> bool:
     if webhook["trigger_type"] != document["type"]:
         return False
     if webhook["organization"] not in {None, document.get("organization_id")}:
         return False
     return all(
-        (value := _field(document, name)) is not None and re.search(pattern, str(value)) is not None
+        (value := _field(body, name)) is not None and re.fullmatch(pattern, str(value)) is not None
         for name, pattern in webhook["filter"]
     )
 

@@ -104,8 +104,14 @@ async def test_an_entity_is_sent_whole(sandbox: Sandbox, receiver: Receiver, sce
 async def test_filters_mappings_and_organizations_choose(sandbox: Sandbox, receiver: Receiver, scene: Scene) -> None:
     organization = sandbox.admin.create_organization("Lab")["id"]
     options: dict[str, Any] = {
-        "filter_": [("attributes.upload-status", "^complete$"), ("attributes.name", r"\.sif$")],
-        "mapping": {"id": "_id", "type": "type", "organization": "organization_id", "name": "attributes.name"},
+        "filter_": [("status", "complete"), ("name", r".*\.sif")],
+        "mapping": {
+            "_id": "id",
+            "type": "type",
+            "organization_id": "organization",
+            "attributes.name": "name",
+            "attributes.upload-status": "status",
+        },
         "organization": 0,
     }
     sandbox.admin.create_webhook(receiver.url, "Revision", **options)
@@ -113,10 +119,17 @@ async def test_filters_mappings_and_organizations_choose(sandbox: Sandbox, recei
     sandbox.admin.create_revision(other, "other.sif", "x")
     sandbox.admin.create_revision(scene.project, "data.csv", "x")
     sandbox.admin.in_progress_revision(scene.project, "late.sif")
+    sandbox.admin.create_revision(scene.project, "image.sif.txt", "x")  # the whole value must match
     wanted = sandbox.admin.create_revision(scene.project, "image.sif", "x")
     await settled(sandbox)
     (got,) = receiver.received
-    assert got.body == {"id": wanted["_id"], "type": "Revision", "organization": 0, "name": "image.sif"}
+    assert got.body == {
+        "id": wanted["_id"],
+        "type": "Revision",
+        "organization": 0,
+        "name": "image.sif",
+        "status": "complete",
+    }
 
 
 async def test_research_webhooks_are_sent_until_they_succeed(
