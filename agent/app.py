@@ -9,20 +9,21 @@ import json
 import os
 import secrets
 import signal
-import socket
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 from aiohttp import web
 
 from agent import __version__, logs
+from agent.adapters.circuit import Circuit
+from agent.adapters.disk import Room
 from agent.adapters.download import Downloader
 from agent.adapters.executor import Executor
-from agent.adapters.files import remove_tree
 from agent.adapters.local import LocalExecutor, LocalSettings
 from agent.adapters.ovation import Ovation
 from agent.adapters.upload import Uploader
@@ -33,26 +34,27 @@ from agent.db.outputs import Outputs
 from agent.db.reconciliations import Reconciliations
 from agent.db.watched import WatchList
 from agent.domain.container import User
-from agent.errors import ConfigurationError, DatabaseError, OvationRefused, OvationUnavailable
+from agent.errors import ConfigurationError, OvationRefused, OvationUnavailable, StorageUnavailable
 from agent.pipeline.context import Context
+from agent.pipeline.perform import OBJECT_STORE, OVATION
+from agent.pipeline.sweep import sweep
 from agent.pipeline.worker import Worker
 from agent.settings import Settings
 from agent.trigger.evaluate import Evaluator
-from agent.trigger.inbox import Inbox, sweep
+from agent.trigger.inbox import Inbox, sweep_deliveries
 from agent.trigger.reconcile import Reconciler
 from agent.web.application import runner as runner_of
 from agent.web.state import Services
-
-_SWEEP_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Agent:
     services: Services
-    executor: Executor
     worker: Worker
     evaluator: Evaluator
     reconciler: Reconciler
+    context: Context
+    place: str
 
 
 async def serve(settings: Settings) -> None:
@@ -99,9 +101,12 @@ async def _open(settings: Settings) -> AsyncIterator[_Agent]:
         stack.enter_context(_alone(data_dir))
         database: Database = await stack.enter_async_context(connect(settings.agent))
         await database.check()
-        ovation = await stack.enter_async_context(Ovation.open(settings.ovation))
+        store = Circuit(OBJECT_STORE, StorageUnavailable)
+        ovation = await stack.enter_async_context(
+            Ovation.open(settings.ovation, circuit=Circuit(OVATION, OvationUnavailable))
+        )
         downloader = await stack.enter_async_context(
-            Downloader(settings.agent.remote_hosts, remote_max_bytes=settings.agent.remote_max_bytes)
+            Downloader(settings.agent.remote_hosts, remote_max_bytes=settings.agent.remote_max_bytes, circuit=store)
         )
         context = Context(
             settings=settings.agent,
@@ -109,14 +114,17 @@ async def _open(settings: Settings) -> AsyncIterator[_Agent]:
             outputs=Outputs(database),
             ovation=ovation,
             downloader=downloader,
-            uploader=Uploader(settings.aws),
+            uploader=Uploader(settings.aws, circuit=store),
             executor=executor_for(settings),
+            room=Room(data_dir / "jobs", settings.agent.min_free_bytes),
         )
-        holder = f"{socket.gethostname()}:{data_dir}"  # nobody else's: the data directory is locked
-        await context.jobs.expire_leases(holder)
-        worker = Worker(context, holder)
+        place = _place(data_dir)  # nobody else's: the data directory is locked
+        await context.jobs.expire_leases(place)
+        worker = Worker(context, place)
+        ovation.on_back(partial(worker.party_back, OVATION))
+        store.on_back(partial(worker.party_back, OBJECT_STORE))
         watch_list = WatchList(database)
-        evaluator = Evaluator(settings, watch_list, ovation, holder, on_job=worker.wake)
+        evaluator = Evaluator(settings, watch_list, ovation, place, on_job=worker.wake)
         reconciler = Reconciler(settings, Reconciliations(database), watch_list, ovation, on_due=evaluator.wake)
         services = Services(
             settings=settings,
@@ -132,12 +140,12 @@ async def _open(settings: Settings) -> AsyncIterator[_Agent]:
             on_job=worker.wake,
             on_cancel=worker.cancel,
         )
-        yield _Agent(services, context.executor, worker, evaluator, reconciler)
+        yield _Agent(services, worker, evaluator, reconciler, context, place)
 
 
 async def _check(agent: _Agent, settings: Settings) -> None:
     """Refuse to start with what no waiting can cure; an outage is waited out."""
-    runtime = await agent.executor.check()
+    runtime = await agent.context.executor.check()
     try:
         account = await agent.services.ovation.check()
     except OvationRefused as error:
@@ -171,50 +179,67 @@ async def _listen(services: Services, settings: Settings) -> AsyncIterator[str]:
         await runner.cleanup()
 
 
-async def _run(agent: _Agent, settings: Settings, stop: asyncio.Event) -> None:
-    loops = [
-        asyncio.create_task(agent.worker.run(), name="worker"),
+async def _run(agent: _Agent, settings: Settings, stop: _Stop) -> None:
+    """Run the loops until one fails or the agent is to stop; then let steps that are under way come to an end."""
+    worker = asyncio.create_task(agent.worker.run(), name="worker")
+    others = [
         asyncio.create_task(agent.evaluator.run(), name="evaluator"),
         asyncio.create_task(agent.reconciler.run(), name="reconciler"),
-        asyncio.create_task(_sweep(agent.services.jobs, settings), name="sweep"),
-        asyncio.create_task(sweep(agent.services.watch_list), name="inbox sweep"),
+        asyncio.create_task(sweep(agent.context, agent.place), name="sweep"),
+        asyncio.create_task(sweep_deliveries(agent.services.watch_list), name="sweep of deliveries"),
     ]
-    stopping = asyncio.create_task(stop.wait(), name="stop")
+    stopping = asyncio.create_task(stop.asked.wait(), name="stop")
     try:
-        await asyncio.wait({*loops, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        for loop in loops:
+        await asyncio.wait({worker, *others, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        for loop in (worker, *others):
             if loop.done():
                 loop.result()  # a loop never ends by itself: let its error end the agent, loudly
+        for loop in others:
+            loop.cancel()
+        await agent.worker.drain(settings.agent.drain_seconds, stop.at_once)
     finally:
-        for task in (*loops, stopping):
+        for task in (worker, *others, stopping):
             task.cancel()
-        await asyncio.gather(*loops, stopping, return_exceptions=True)
+        await asyncio.gather(worker, *others, stopping, return_exceptions=True)
 
 
-async def _sweep(jobs: Jobs, settings: Settings) -> None:
-    """Remove what finished runs left for the `logs` command, once it is old enough."""
-    folder = _data_dir(settings) / "jobs"
-    while True:
-        kept = await asyncio.to_thread(lambda: [path.name for path in folder.iterdir()] if folder.is_dir() else [])
-        before = datetime.now(UTC) - timedelta(seconds=settings.agent.keep_seconds)
-        with contextlib.suppress(DatabaseError, ValueError):
-            for job_id in await jobs.ended_before(kept, before):
-                await asyncio.to_thread(remove_tree, folder / job_id)
-        await asyncio.sleep(_SWEEP_SECONDS)
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    """What SIGTERM and SIGINT have asked for: to stop; asked twice, at once."""
+
+    asked: asyncio.Event
+    at_once: asyncio.Event
 
 
-def _stop_on_signals() -> asyncio.Event:
-    stop = asyncio.Event()
+def _stop_on_signals() -> _Stop:
+    stop = _Stop(asyncio.Event(), asyncio.Event())
     loop = asyncio.get_running_loop()
 
     def asked(number: int) -> None:
-        if stop.is_set():
-            os._exit(128 + number)  # asked twice: at once; leases run out by themselves
-        stop.set()
+        if stop.at_once.is_set():
+            os._exit(128 + number)  # asked three times: leases run out by themselves
+        if stop.asked.is_set():
+            stop.at_once.set()
+        stop.asked.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked, number)
     return stop
+
+
+def _place(data_dir: Path) -> str:
+    """Return what names this data directory, wherever it is mounted; made once."""
+    file = data_dir / "place"
+    try:
+        return str(uuid.UUID(file.read_text().strip()))
+    except FileNotFoundError:
+        place = str(uuid.uuid4())
+        _write_private(file, f"{place}\n")
+        return place
+    except ValueError:
+        raise ConfigurationError(
+            f"{file} does not name this data directory: if no run is under way there, remove it"
+        ) from None
 
 
 def _data_dir(settings: Settings) -> Path:
@@ -258,4 +283,6 @@ def _write_private(path: Path, content: str) -> None:
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     part.rename(path)

@@ -43,7 +43,12 @@ def show_job(job: dict[str, Any], events: list[dict[str, Any]], *, as_json: bool
         show_json({**job, "events": events})
         return
     facts = ("id", "activity_id", "activity_name", "image_name", "run", "trigger", "requested_by", "state", "exit_code")
-    show_table(("", ""), [(name, str(job[name])) for name in facts if job[name] is not None])
+    rows = [(name, str(job[name])) for name in facts if job[name] is not None]
+    if job["agent"]:
+        rows.append(("agent", f"{job['agent']['host']}, seen {_moment(job['agent']['seen_at'])}"))
+    if job["launch"] > 1:
+        rows.append(("launch", f"{job['launch']} (the machine lost the one before)"))
+    show_table(("", ""), rows)
     if said := cause(job):
         print(f"\n{printable(said)}\n")  # noqa: T201 this is what the command is for
     show_table(

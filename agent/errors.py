@@ -10,6 +10,7 @@
     ├── StorageError            the object store, or the server behind a remote Revision
     │   ├── StorageUnavailable      away, slow, or broken off                                (transient)
     │   ├── StorageMismatch         the bytes cannot be had as promised                      (transient, counted)
+    │   ├── StorageExpired          upload credentials that are good no longer               (permanent)
     │   └── StorageRefused          credentials or address refused                           (permanent)
     └── ExecutorError           Apptainer, or the machine that it runs on
         ├── ExecutorUnavailable     the machine cannot start containers now                  (transient)
@@ -48,10 +49,12 @@ class OvationUnavailable(OvationError):
     """Ovation is away, overloaded, or answers with a fault of its own.
 
     `retry_after_seconds` is how long it asks to be left alone; `not_done` says that the request was certainly not
-    carried out, so that even what must not happen twice may be asked for again.
+    carried out, so that even what must not happen twice may be asked for again. `away`: no call gets through, and a
+    circuit looks out for its return (`agent.adapters.circuit`); otherwise it may be this one request that fails.
     """
 
     transient = True
+    away = False
 
     def __init__(
         self,
@@ -79,9 +82,14 @@ class StorageError(AgentError):
 
 
 class StorageUnavailable(StorageError):
-    """The store is away, slow, or broke off."""
+    """The store is away, slow, or broke off; `retry_after_seconds` and `away` as in `OvationUnavailable`."""
 
     transient = True
+    away = False
+
+    def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class StorageMismatch(StorageError):
@@ -92,6 +100,10 @@ class StorageMismatch(StorageError):
     """
 
     transient = True
+
+
+class StorageExpired(StorageError):
+    """The store takes these upload credentials no longer, or never did: it takes a new Revision to get others."""
 
 
 class StorageRefused(StorageError):

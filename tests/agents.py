@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import aiohttp
 
@@ -21,10 +21,22 @@ _T = TypeVar("_T")
 TERMINAL = {"succeeded", "failed", "cancelled"}
 
 
+class Process(Protocol):
+    """What is asked of an agent's process: asyncio's has it, and so has one that was forked."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def returncode(self) -> int | None: ...
+    def kill(self) -> None: ...
+    def send_signal(self, number: int, /) -> None: ...
+    async def wait(self) -> int: ...
+
+
 class AgentProcess:
     """One `ovation-agent serve`, its log and its API."""
 
-    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
+    def __init__(self, process: Process, log: Path) -> None:
         self.process = process
         self.log = log
         self.address = ""
@@ -40,14 +52,22 @@ class AgentProcess:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "agent", "serve", env=environment, stdin=asyncio.subprocess.DEVNULL, stderr=stderr
             )
-        agent = cls(process, log)
+        return await cls(process, log).listening()
+
+    async def listening(self) -> Self:
+        """Wait until the agent listens.
+
+        Raises:
+            AssertionError: it ended, or did not listen in time; carries its log.
+        """
+        process, log = self.process, self.log
         deadline = time.monotonic() + 60
-        while not (started := [each for each in agent.events("agent_started") if each["pid"] == process.pid]):
+        while not (started := [each for each in self.events("agent_started") if each["pid"] == process.pid]):
             assert process.returncode is None, f"the agent ended with {process.returncode}:\n{log.read_text()}"
             assert time.monotonic() < deadline, f"the agent does not listen:\n{log.read_text()}"
             await asyncio.sleep(0.02)
-        agent.address = started[-1]["address"]
-        return agent
+        self.address = started[-1]["address"]
+        return self
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
         """Return the log's lines, of one event if named."""
@@ -153,5 +173,6 @@ def agent_environment(sandbox_environment: dict[str, str], directory: Path, **se
         "AGENT_WEBHOOK_PASSWORD": WEBHOOK_KEY,
         "AGENT_ADMIN_TOKEN": ADMIN_TOKEN,
         "AGENT_SETTLE_SECONDS": "0.2",
+        "AGENT_DRAIN_SECONDS": "5",  # a test that ends waits for nobody
         **settings,
     }

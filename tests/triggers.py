@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from aiohttp import web
@@ -131,7 +130,7 @@ class _Ender:
             claims = await self._jobs.claim(LIVE, 100, 60, "ender")
             for claim in claims:
                 done = Done(verdict=Verdict.SUCCEEDED) if claim.job.state is State.RUNNING else Done()
-                await self._jobs.move(claim, decide(claim.job, done, datetime.now(UTC), Limits()))
+                await self._jobs.move(claim, decide(claim.job, done, Limits()))
             if claims:
                 self.on_end()
                 continue

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,15 +19,20 @@ import aiohttp
 from yarl import URL
 
 from agent import __version__
+from agent.adapters.circuit import Circuit, ask, retry_after_seconds
 from agent.adapters.remote import RemoteGuard
 from agent.errors import StorageError, StorageMismatch, StorageRefused, StorageUnavailable
 
 _CHUNK_BYTES = 1 << 20
-_STALL_SECONDS = 60.0  # no byte for so long: cut; a slow link is not a stall
+# No byte for so long: cut; a slow link is not a stall. Half a minute, so that what hung in a store is fetched again
+# within a minute of its coming back to life.
+_STALL_SECONDS = 30.0
 _CONNECT_SECONDS = 20.0
 _MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _SENDABLE = re.compile(r"[!-~]+")
+_ERROR_BYTES = 4096
+_CODE = re.compile(rb"<Code>(\w{1,64})</Code>")
 _PLAIN_MD5 = re.compile(r'"?([0-9a-f]{32})"?')
 
 
@@ -40,7 +48,7 @@ class Downloader:
     """Fetches from the object store, and from strangers' servers with more caution.
 
     How many transfers there are at once is the callers' business: waiting here for a connection would look like an
-    outage.
+    outage. With a circuit, nothing is fetched from the object store while it is away; strangers' servers have none.
     """
 
     def __init__(
@@ -48,10 +56,12 @@ class Downloader:
         remote_hosts: Sequence[str] = (),
         stall_seconds: float = _STALL_SECONDS,
         remote_max_bytes: int | None = None,
+        circuit: Circuit | None = None,
     ) -> None:
         self._stall_seconds = stall_seconds
         self._remote_max_bytes = remote_max_bytes
         self._guard = RemoteGuard(remote_hosts)
+        self._circuit = circuit
         self._store = self._session(aiohttp.TCPConnector(limit=0))
         self._remote = self._session(aiohttp.TCPConnector(limit=0, resolver=self._guard, force_close=True))
 
@@ -71,6 +81,8 @@ class Downloader:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._circuit is not None:
+            await self._circuit.close()
         await self._store.close()
         await self._remote.close()
 
@@ -87,31 +99,45 @@ class Downloader:
             progress: told the number of bytes of each piece as it arrives.
 
         Raises:
-            StorageUnavailable: the object store is away or broke off; try again.
+            StorageUnavailable: the object store is away or broke off, or the address has expired; try again.
             StorageMismatch: the bytes did not arrive whole, are not the ones that the store says it has, or a
                 stranger's server is away.
             StorageRefused: the server refuses, or the address may not be read.
             OSError: this machine's disk refuses.
         """
+        try:
+            address = _address(url)
+            async with self._while_there(address, remote=remote), self._translated(remote=remote):
+                return await self._fetch(address, path, remote=remote, progress=progress)
+        except StorageError as error:
+            if not (isinstance(error, StorageUnavailable) and error.away):  # that is no matter of this one file
+                error.args = (f"{name}: {error}",)
+            raise
+
+    def _while_there(self, address: URL, *, remote: bool) -> AbstractAsyncContextManager[None]:
+        if remote or self._circuit is None or not address.host:
+            return nullcontext()
+        origin = str(address.origin())
+        return self._circuit.guard(origin, functools.partial(ask, origin, StorageUnavailable))
+
+    @asynccontextmanager
+    async def _translated(self, *, remote: bool) -> AsyncIterator[None]:
         away = StorageMismatch if remote else StorageUnavailable
         try:
-            return await self._fetch(url, path, remote=remote, progress=progress)
-        except StorageError as error:
-            raise type(error)(f"{name}: {error}") from None
+            yield
         except aiohttp.ConnectionTimeoutError:
-            raise away(f"{name}: no connection to its server within {_CONNECT_SECONDS:.0f} s") from None
+            raise away(f"no connection to its server within {_CONNECT_SECONDS:.0f} s") from None
         except TimeoutError:
-            raise away(f"{name}: no byte arrived for {self._stall_seconds:g} s") from None
+            raise away(f"no byte arrived for {self._stall_seconds:g} s") from None
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
-            raise StorageRefused(f"{name}: its address is not one that can be read") from None
+            raise StorageRefused("its address is not one that can be read") from None
         except aiohttp.ClientConnectorError as error:
             reason = error.os_error.strerror or type(error).__name__
-            raise away(f"{name}: its server cannot be reached ({reason})") from None
+            raise away(f"its server cannot be reached ({reason})") from None
         except (aiohttp.ClientError, ConnectionError) as error:
-            raise away(f"{name}: the transfer broke off ({type(error).__name__})") from None
+            raise away(f"the transfer broke off ({type(error).__name__})") from None
 
-    async def _fetch(self, url: str, path: Path, *, remote: bool, progress: Callable[[int], None]) -> Fetched:
-        address = _address(url)
+    async def _fetch(self, address: URL, path: Path, *, remote: bool, progress: Callable[[int], None]) -> Fetched:
         session = self._remote if remote else self._store
         for _ in range(_MAX_REDIRECTS + 1):
             if remote:
@@ -120,7 +146,7 @@ class Downloader:
                 if response.status in _REDIRECTS and remote:
                     address = address.join(_address(response.headers.get("Location", "")))
                     continue
-                _check_status(response.status, remote=remote)
+                await _check_status(response, remote=remote)
                 most_bytes = self._remote_max_bytes if remote else None
                 return await _save(response, path, progress, vouched=not remote, most_bytes=most_bytes)
         raise StorageRefused(f"more than {_MAX_REDIRECTS} redirects")
@@ -134,15 +160,31 @@ def _address(url: str) -> URL:
         raise StorageRefused("its address is not one that can be read") from None
 
 
-def _check_status(status: int, *, remote: bool) -> None:
+async def _check_status(response: aiohttp.ClientResponse, *, remote: bool) -> None:
+    status = response.status
     if status == 200:  # noqa: PLR2004 HTTP's own number
         return
     whose = "its server" if remote else "the object store"
     if status >= 500 or status in {408, 425, 429}:  # noqa: PLR2004 HTTP's own number
-        raise (StorageMismatch if remote else StorageUnavailable)(f"{whose} answers {status}")
-    if status == 403 and not remote:  # noqa: PLR2004 an address that expired: the next try has a fresh one
-        raise StorageMismatch(f"{whose} answers {status}")
-    raise StorageRefused(f"its bytes are not there ({whose} answers {status})")
+        if remote:
+            raise StorageMismatch(f"{whose} answers {status}")
+        seconds = retry_after_seconds(response.headers.get("Retry-After"), datetime.now(UTC))
+        raise StorageUnavailable(f"{whose} answers {status}", retry_after_seconds=seconds)
+    said = b"" if remote else await _beginning(response)
+    if status in {400, 403} and b"expired" in said.lower():
+        raise StorageUnavailable(f"its address had expired ({whose} answers {status})")  # the next try has a fresh one
+    code = _CODE.search(said)
+    answer = f"{status} {code[1].decode()}" if code else str(status)
+    raise StorageRefused(f"its bytes are not there ({whose} answers {answer})")
+
+
+async def _beginning(response: aiohttp.ClientResponse) -> bytes:
+    """Return how an error's body begins; that it does not come is no error of its own."""
+    said = bytearray()
+    with suppress(TimeoutError, aiohttp.ClientError):
+        while len(said) < _ERROR_BYTES and (chunk := await response.content.read(_ERROR_BYTES - len(said))):
+            said += chunk
+    return bytes(said)
 
 
 async def _save(

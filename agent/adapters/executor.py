@@ -40,6 +40,7 @@ class RunRequest:
     time_limit_seconds: float
     network: Network = "none"
     outputs_directory: Path | None = None
+    native_id: str | None = None
 
     @property
     def outputs(self) -> Path:

@@ -101,9 +101,13 @@ class LocalExecutor:
     async def status(self, request: RunRequest) -> Status:
         """Return what has become of the run.
 
-        `LOST` needs two signs, the runner's lock free and its process gone, and no exit record after both.
+        `LOST` needs two signs, the runner's lock free and its process gone, and no exit record after both. A run whose
+        records are gone is `NotStarted` only once its process is gone too.
         """
-        return await asyncio.to_thread(self._status, request.directory)
+        status = await asyncio.to_thread(self._status, request.directory)
+        if isinstance(status, NotStarted) and request.native_id and _runs_in(request.native_id, request.directory):
+            return Running(native_id=request.native_id, started_at=datetime.now(UTC))
+        return status
 
     async def wait(self, request: RunRequest, timeout_seconds: float) -> Status:
         """Return the status as soon as the run ends, or after `timeout_seconds`."""
@@ -246,6 +250,15 @@ async def _runner_is_gone(directory: Path, timeout_seconds: float) -> bool:
     finally:
         loop.remove_reader(handle)
         os.close(handle)
+
+
+def _runs_in(native_id: str, directory: Path) -> bool:
+    """Say whether that process is the runner of this directory, which may not be there any more."""
+    try:
+        arguments = Path(f"/proc/{int(native_id)}/cmdline").read_bytes().split(b"\0")
+    except (OSError, ValueError):
+        return False
+    return os.fsencode(directory) in arguments
 
 
 def _cancel(directory: Path) -> None:

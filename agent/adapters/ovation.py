@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, fields
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +13,7 @@ import aiohttp
 
 from agent import __version__
 from agent.adapters import documents
+from agent.adapters.circuit import Circuit
 from agent.adapters.ovation_http import Connection
 from agent.domain.activity import Activity, Listed
 from agent.errors import OvationNotFound, StorageRefused
@@ -41,27 +42,27 @@ class Download:
 class Ovation:
     """A session with one token: the agent's own, or, through `as_user`, the one that a request carried."""
 
-    def __init__(self, settings: OvationSettings, http: aiohttp.ClientSession, user_token: str | None = None) -> None:
+    def __init__(self, settings: OvationSettings, http: aiohttp.ClientSession, connection: Connection) -> None:
         self._settings = settings
         self._http = http
-        self._connection = Connection(settings, http, user_token)
-        self._call = self._connection.call
+        self._connection = connection
+        self._call = connection.call
 
     @classmethod
-    def open(cls, settings: OvationSettings) -> Self:
-        """Open a session; nothing is sent yet.
+    def open(cls, settings: OvationSettings, circuit: Circuit | None = None) -> Self:
+        """Open a session; nothing is sent yet. With a circuit, it notices when Ovation goes and when it is back.
 
         Raises:
             ConfigurationError: OVATION_HOSTS cannot be read.
         """
         http = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=60, connect=10, sock_read=30),
+            timeout=aiohttp.ClientTimeout(total=None, connect=10, sock_read=30),
             headers={"Accept": "application/json", "User-Agent": f"ovation-agent/{__version__}"},
             # Whoever calls bounds how much it asks at once; waiting for a connection here would look like an outage.
             connector=aiohttp.TCPConnector(limit=0),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
-        return cls(settings, http)
+        return cls(settings, http, Connection(settings, http, circuit=circuit))
 
     async def __aenter__(self) -> Self:
         return self
@@ -73,7 +74,16 @@ class Ovation:
 
     def as_user(self, token: str) -> Ovation:
         """Return a view of Ovation with a person's own token, for one request; it shares the connections."""
-        return Ovation(self._settings, self._http, user_token=token)
+        return Ovation(self._settings, self._http, self._connection.for_person(token))
+
+    @property
+    def away(self) -> bool:
+        """Whether Ovation is away, or whoever hands out its tokens while there is none: calls would be refused."""
+        return self._connection.away
+
+    def on_back(self, callback: Callable[[], Awaitable[object]]) -> None:
+        """Have this called whenever Ovation is back."""
+        self._connection.on_back(callback)
 
     async def check(self) -> str:
         """Return a word on the account once Ovation has accepted the token.
@@ -198,3 +208,8 @@ class Ovation:
             return []  # old entities, and types that have no such relation
         path = documents.link(entity, "relationships", rel, "related")
         return documents.entities(await self._call("GET", path), rel)
+
+    async def children(self, parent: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return what stands in a Project or Folder, Folders and Files alike, what was made first before the rest."""
+        found = [*await self._related(parent, "folders"), *await self._related(parent, "files")]
+        return sorted(found, key=lambda document: documents.entity(document).created_at)

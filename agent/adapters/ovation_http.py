@@ -1,40 +1,48 @@
-"""Calls to Ovation over HTTP: the token and where it may go, what is asked again, and what an answer means."""
+"""Calls to Ovation: the token and where it may go, what is asked again, and what is not asked while it is away."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import re
 import time
-from contextlib import suppress
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from typing import Any
 
 import aiohttp
 import tenacity
 from yarl import URL
 
-from agent.adapters import documents
+from agent.adapters.circuit import PATIENCE_SECONDS, Circuit, ask
 from agent.adapters.origins import Origins
-from agent.errors import OvationError, OvationNotFound, OvationRefused, OvationUnavailable
+from agent.adapters.ovation_answers import exchange
+from agent.errors import OvationError, OvationRefused, OvationUnavailable
 from agent.settings import OvationSettings
 
 _ATTEMPTS = 4
-_RETRY_AFTER_MAX_SECONDS = 10.0  # asked for more, the call ends and its step waits
+_LAST_ATTEMPT_SECONDS = 15.0  # none is begun later, so that a call into a black hole ends within 45 s
 _REFRESH_EARLY_SECONDS = 60.0
 _TOKEN_SECONDS = 3600.0  # where the answer does not say
-_MAX_BODY_BYTES = 64 << 20
-_PARSED_AT_ONCE_BYTES = 1 << 20
-_ERROR_BYTES = 500
-_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _TOKEN = re.compile(r"[!-~]+")
+_NOBODY = "00000000-0000-0000-0000-000000000000"  # the id of no entity: nothing is cheaper to ask for
 
 
 class Connection:
-    """Calls Ovation with one token: a fixed one, or a service account's, fetched and renewed as needed."""
+    """Calls Ovation with one token: a fixed one, or a service account's, fetched and renewed as needed.
 
-    def __init__(self, settings: OvationSettings, http: aiohttp.ClientSession, user_token: str | None = None) -> None:
+    With a circuit, calls are refused while Ovation is away; whoever hands out tokens has a circuit of its own then.
+    """
+
+    def __init__(
+        self,
+        settings: OvationSettings,
+        http: aiohttp.ClientSession,
+        user_token: str | None = None,
+        circuit: Circuit | None = None,
+        probe: Callable[[str], Awaitable[None]] | None = None,
+    ) -> None:
         self._api = URL(settings.api_url)
         self._http = http
         self._settings = settings
@@ -43,12 +51,41 @@ class Connection:
         self._renewable = self._token is None
         self._refresh_at = self._expires_at = 0.0
         self._fetching: asyncio.Task[None] | None = None
+        self._for_all = user_token is None  # what is asked of one person is not asked of everybody
+        self._probe = probe or self._is_there
+        self._circuit = circuit
+        self._token_circuit = (
+            Circuit("Ovation's token service", OvationUnavailable) if circuit is not None and self._renewable else None
+        )
+
+    def for_person(self, token: str) -> Connection:
+        """Return a view with a person's own token; it shares connections and circuit."""
+        return Connection(self._settings, self._http, token, self._circuit, self._probe)
 
     async def close(self) -> None:
         """Close the connections."""
         if self._fetching is not None:
             self._fetching.cancel()
+        for circuit in self._circuits():
+            await circuit.close()
         await self._http.close()
+
+    @property
+    def away(self) -> bool:
+        """Whether calls to the API would be refused now."""
+        if self._circuit is not None and self._circuit.refuses(_origin(self._api)):
+            return True
+        without = self._token is None or time.monotonic() > self._expires_at
+        circuit, address = self._token_circuit, _origin(URL(self._settings.auth_domain))
+        return circuit is not None and without and circuit.refuses(address)
+
+    def on_back(self, callback: Callable[[], Awaitable[object]]) -> None:
+        """Have this called whenever calls that were refused get through again."""
+        for circuit in self._circuits():
+            circuit.on_back(callback)
+
+    def _circuits(self) -> list[Circuit]:
+        return [circuit for circuit in (self._circuit, self._token_circuit) if circuit is not None]
 
     def address(self, path: str) -> URL:
         """Return where a link of Ovation's leads.
@@ -93,7 +130,8 @@ class Connection:
         async def once(token: str) -> dict[str, Any]:
             query = {**(params or {}), **({"token": token} if token_in_query else {})}
             headers = {"Authorization": f"Bearer {token}"}
-            return await self._retried(method, url, repeatable=again, headers=headers, json=json, params=query)
+            request = {"headers": headers, "json": json, "params": query}
+            return await self._guarded(self._circuit, self._probe, method, url, request, repeatable=again)
 
         token = await self._bearer()
         try:
@@ -109,7 +147,9 @@ class Connection:
             try:
                 await self._fetched()
             except OvationUnavailable:
-                if self._token in {None, refused} or time.monotonic() > self._expires_at:
+                if self._token == refused:
+                    self._token = None  # it opens nothing any more
+                if self._token is None or time.monotonic() > self._expires_at:
                     raise
         if self._token is None:
             raise OvationRefused("no token: set OVATION_TOKEN, or OVATION_CLIENT_ID and OVATION_CLIENT_SECRET")
@@ -133,15 +173,9 @@ class Connection:
         settings = self._settings
         if settings.client_id is None or settings.client_secret is None:
             return
-        body = {
-            "client_id": settings.client_id,
-            "client_secret": settings.client_secret.get_secret_value(),
-            "audience": settings.audience,
-            "grant_type": "client_credentials",
-        }
-        url = URL(settings.auth_domain) / "oauth/token"
+        url, request = self._token_request()
         try:
-            answer = await self._retried("POST", url, repeatable=True, headers={}, json=body, params={})
+            answer = await self._guarded(self._token_circuit, self._hands_out, "POST", url, request, repeatable=True)
         except OvationUnavailable:
             raise
         except OvationError as error:
@@ -151,17 +185,77 @@ class Connection:
                 " OVATION_AUDIENCE and OVATION_AUTH_DOMAIN",
                 status=error.status,
             ) from None
+        self._keep(answer)
+
+    def _token_request(self) -> tuple[URL, dict[str, Any]]:
+        secret = self._settings.client_secret
+        body = {
+            "client_id": self._settings.client_id,
+            "client_secret": secret.get_secret_value() if secret else None,
+            "audience": self._settings.audience,
+            "grant_type": "client_credentials",
+        }
+        return URL(self._settings.auth_domain) / "oauth/token", {"headers": {}, "json": body}
+
+    def _keep(self, answer: dict[str, Any]) -> None:
         token = answer.get("access_token")
         if not isinstance(token, str) or not token:
-            raise OvationRefused(f"{url.host} answers without a token: check OVATION_AUTH_DOMAIN")
+            raise OvationRefused(
+                f"{URL(self._settings.auth_domain).host} answers without a token: check OVATION_AUTH_DOMAIN"
+            )
         seconds = _lifetime_seconds(answer.get("expires_in"))
         now = time.monotonic()
         self._token = token
         self._expires_at = now + seconds
         self._refresh_at = now + seconds - min(_REFRESH_EARLY_SECONDS, seconds / 4)
 
-    async def _retried(self, method: str, url: URL, *, repeatable: bool, **request: Any) -> dict[str, Any]:
-        """Ask again after what may pass.
+    async def _hands_out(self, origin: str) -> None:
+        """Ask the token service for a token, which is what it is there for; then there is one."""
+        del origin
+        url, request = self._token_request()
+        self._keep(await self._send("POST", url, request))
+
+    async def _is_there(self, origin: str) -> None:
+        """Ask the API for an entity that does not exist, and any other address for its root, without a token."""
+        if origin != _origin(self._api):
+            await ask(origin, OvationUnavailable)
+            return
+        token = self._token if self._token and _TOKEN.fullmatch(self._token) else None
+        organization = self._settings.organizations[0] if self._settings.organizations else 0
+        url = self.address(f"/api/v1/o/{organization}/entities/{_NOBODY}?trash=false")
+        await self._send("GET", url, {"headers": {"Authorization": f"Bearer {token}"} if token else {}})
+
+    async def _guarded(
+        self,
+        circuit: Circuit | None,
+        probe: Callable[[str], Awaitable[None]],
+        method: str,
+        url: URL,
+        request: dict[str, Any],
+        *,
+        repeatable: bool,
+    ) -> dict[str, Any]:
+        """Call while the party is there."""
+        origin = _origin(url)
+
+        async def attempt() -> dict[str, Any]:
+            if circuit is None:
+                return await self._send(method, url, request)
+            await circuit.turn(origin)
+            try:
+                return await self._send(method, url, request)
+            except OvationUnavailable as error:
+                if self._for_all:
+                    circuit.asked(origin, error.retry_after_seconds)
+                error.away = circuit.refuses(origin)
+                raise
+
+        guard = circuit.guard(origin, functools.partial(probe, origin), for_all=self._for_all) if circuit else None
+        async with guard or nullcontext():
+            return await self._retried(attempt, repeatable=repeatable)
+
+    async def _retried(self, attempt: Callable[[], Awaitable[dict[str, Any]]], *, repeatable: bool) -> dict[str, Any]:
+        """Ask again after what may pass, for some seconds.
 
         What must not happen twice is asked for again only when it certainly did not happen: no connection, 429, or a
         503 that says when to come back. A bare 503 proves nothing, because there are routers that answer so when they
@@ -171,8 +265,9 @@ class Connection:
         def worth_it(error: BaseException) -> bool:
             return (
                 isinstance(error, OvationUnavailable)
+                and not error.away
                 and (repeatable or error.not_done)
-                and (error.retry_after_seconds or 0) <= _RETRY_AFTER_MAX_SECONDS
+                and (error.retry_after_seconds or 0) <= PATIENCE_SECONDS
             )
 
         def wait_seconds(state: tenacity.RetryCallState) -> float:
@@ -182,31 +277,17 @@ class Connection:
 
         backoff = tenacity.wait_random_exponential(multiplier=0.2, max=3)
         retrying = tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(_ATTEMPTS),
+            stop=tenacity.stop_after_attempt(_ATTEMPTS) | tenacity.stop_before_delay(_LAST_ATTEMPT_SECONDS),
             wait=wait_seconds,
             retry=tenacity.retry_if_exception(worth_it),
             reraise=True,
         )
-        answer: dict[str, Any] = await retrying(self._send, method, url, request)
+        answer: dict[str, Any] = await retrying(attempt)
         return answer
 
     async def _send(self, method: str, url: URL, request: dict[str, Any]) -> dict[str, Any]:
-        what = f"{method} {url.path}"
-        try:
-            async with self._http.request(method, url, allow_redirects=False, **request) as response:
-                if response.status >= 300:  # noqa: PLR2004 HTTP's own number
-                    raise _refusal(what, response, await response.content.read(_ERROR_BYTES), self._secrets(request))
-                body = await _read(response, what)
-            return await _object(body, what, response.status)
-        except aiohttp.ConnectionTimeoutError:
-            raise OvationUnavailable(f"Ovation cannot be reached for {what} in time", not_done=True) from None
-        except TimeoutError:
-            raise OvationUnavailable(f"Ovation does not answer {what} in time") from None
-        except aiohttp.ClientConnectorError as error:
-            reason = error.os_error.strerror or type(error).__name__
-            raise OvationUnavailable(f"Ovation cannot be reached for {what}: {reason}", not_done=True) from None
-        except (aiohttp.ClientError, OSError) as error:
-            raise OvationUnavailable(f"Ovation broke off {what}: {type(error).__name__}") from None
+        who = "Ovation" if url in self.origins else str(url.host)
+        return await exchange(self._http, who, method, url, request, self._secrets(request))
 
     def _secrets(self, request: dict[str, Any]) -> list[str]:
         authorization = request["headers"].get("Authorization", "")
@@ -214,61 +295,8 @@ class Connection:
         return [authorization.removeprefix("Bearer "), secret.get_secret_value() if secret else ""]
 
 
-async def _read(response: aiohttp.ClientResponse, what: str) -> bytes:
-    body = bytearray()
-    async for chunk in response.content.iter_any():
-        body += chunk
-        if len(body) > _MAX_BODY_BYTES:
-            raise OvationError(f"Ovation's answer to {what} is too large", status=response.status)
-    return bytes(body)
-
-
-async def _object(body: bytes, what: str, status: int) -> dict[str, Any]:
-    if status == 204:  # noqa: PLR2004 HTTP's own number
-        return {}
-    try:
-        large = len(body) > _PARSED_AT_ONCE_BYTES
-        parsed = await asyncio.to_thread(documents.parse, body) if large else documents.parse(body)
-    except ValueError:
-        found = "not JSON" if body else "empty"
-        raise OvationUnavailable(f"Ovation's answer to {what} is {found}", status=status) from None
-    if not isinstance(parsed, dict):
-        raise OvationError(f"Ovation's answer to {what} is not an object", status=status)
-    return parsed
-
-
-def _refusal(what: str, response: aiohttp.ClientResponse, body: bytes, secrets: list[str]) -> OvationError:
-    status = response.status
-    if status in _TRANSIENT:
-        seconds = retry_after_seconds(response.headers.get("Retry-After"), datetime.now(UTC))
-        not_done = status == 429 or (status == 503 and seconds is not None)  # noqa: PLR2004 HTTP's own numbers
-        message = f"Ovation answers {what} with {status}"
-        return OvationUnavailable(message, status=status, retry_after_seconds=seconds, not_done=not_done)
-    if status < 400:  # noqa: PLR2004 HTTP's own number
-        message = f"Ovation redirects {what}; the token does not go along: set OVATION_API_URL to where the API is"
-        return OvationError(message, status=status)
-    if status in {401, 403}:
-        return OvationRefused(f"Ovation refuses {what} with {status}: is the token valid for it?", status=status)
-    if status == 404:  # noqa: PLR2004 HTTP's own number
-        return OvationNotFound(f"Ovation has nothing at {what}, or hides it from this token", status=status)
-    said = body.decode(errors="replace")
-    for secret in filter(None, secrets):
-        said = said.replace(secret, "[redacted]")
-    return OvationError(f"Ovation answers {what} with {status}: {' '.join(said.split())}", status=status)
-
-
-def retry_after_seconds(value: str | None, now: datetime) -> float | None:
-    """Return how long a `Retry-After` header asks to wait: seconds or a date; None for what is neither."""
-    if value is None:
-        return None
-    value = value.strip()
-    if value.isascii() and value.isdigit():
-        return float(value[:9])
-    with suppress(ValueError, OverflowError):
-        date = parsedate_to_datetime(value)
-        aware = date if date.tzinfo else date.replace(tzinfo=UTC)
-        return max(0.0, (aware - now).total_seconds())
-    return None
+def _origin(url: URL) -> str:
+    return str(url.origin())
 
 
 def _lifetime_seconds(given: object) -> float:

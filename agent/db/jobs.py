@@ -13,6 +13,9 @@ from agent.domain.activity import Activity
 from agent.domain.job import TERMINAL, Fault, FaultClass, Job, Move, Plan, PlannedFile, State, Verdict
 from agent.errors import DatabaseError
 
+# An agent that was not seen for so long is taken for gone: others take over what it was to stage.
+AGENT_GONE = timedelta(seconds=60)
+
 
 class LeaseLost(DatabaseError):
     """Another worker holds the job now: whatever this one found out no longer counts."""
@@ -38,6 +41,15 @@ class Event:
     done: Mapping[str, object] | None  # how far the step that was left had come
 
 
+@dataclass(frozen=True, slots=True)
+class OnDisk:
+    """What the sweep asks of a job that has a directory on its disk."""
+
+    state: State
+    place: str | None
+    ended_seconds: float | None  # how long ago it ended
+
+
 class Jobs:
     """The table of jobs."""
 
@@ -51,13 +63,13 @@ class Jobs:
         except ValueError:
             return None
         async with self._database.queries() as queries:
-            row = await queries.row("get_job", id=number)
+            row = await queries.row("get_job", id=number, gone=AGENT_GONE)
         return None if row is None else job_from(row)
 
     async def newest(self, activity_id: str | None = None, state: State | None = None, most: int = 100) -> list[Job]:
         """Return the newest jobs, newest first."""
         async with self._database.queries() as queries:
-            rows = await queries.rows("list_jobs", activity_id=activity_id, state=state, most=most)
+            rows = await queries.rows("list_jobs", activity_id=activity_id, state=state, most=most, gone=AGENT_GONE)
         return [job_from(row) for row in rows]
 
     async def events(self, job_id: str, after: int = 0) -> list[Event]:
@@ -68,18 +80,99 @@ class Jobs:
             Event(row["id"], row["at"], State(row["state"]), row["attempt"], row["note"], row["done"]) for row in rows
         ]
 
-    async def claim(self, states: Collection[State], most: int, lease_seconds: float, holder: str) -> list[Claim]:
-        """Take up to `most` due jobs in these states."""
+    async def claim(
+        self,
+        states: Collection[State],
+        most: int,
+        lease_seconds: float,
+        place: str,
+        *,
+        alone: bool = False,
+        suspects_from: int = 2,
+    ) -> list[Claim]:
+        """Take up to `most` due jobs in these states whose files are at this place, or nowhere yet.
+
+        Those whose work has ended the process `suspects_from` times are taken only with `alone`, and then no others.
+        """
         async with self._database.queries() as queries:
             rows = await queries.rows(
-                "claim_jobs", states=list(states), most=most, lease=timedelta(seconds=lease_seconds), holder=holder
+                "claim_jobs",
+                states=list(states),
+                most=most,
+                lease=timedelta(seconds=lease_seconds),
+                place=place,
+                alone=alone,
+                suspects_from=suspects_from,
+                gone=AGENT_GONE,
             )
         return [Claim(job_from(row), row["lease_token"]) for row in rows]
 
+    async def claim_queued(
+        self, most: int, lease_seconds: float, place: str, *, ahead: int, suspects_from: int = 2
+    ) -> list[Claim]:
+        """Take up to `most` queued jobs, each Project in turn, while fewer than `ahead` are on their way here."""
+        async with self._database.queries() as queries:
+            rows = await queries.rows(
+                "claim_queued",
+                most=most,
+                lease=timedelta(seconds=lease_seconds),
+                place=place,
+                ahead=ahead,
+                suspects_from=suspects_from,
+            )
+        return [Claim(job_from(row), row["lease_token"]) for row in rows]
+
+    async def claim_cancelled(
+        self, most: int, lease_seconds: float, place: str, *, suspects_from: int = 2
+    ) -> list[Claim]:
+        """Take up to `most` jobs whose end was asked for before their container ran."""
+        async with self._database.queries() as queries:
+            rows = await queries.rows(
+                "claim_cancelled",
+                most=most,
+                lease=timedelta(seconds=lease_seconds),
+                place=place,
+                suspects_from=suspects_from,
+                gone=AGENT_GONE,
+            )
+        return [Claim(job_from(row), row["lease_token"]) for row in rows]
+
+    async def suspects(self, place: str, suspects_from: int) -> int:
+        """Return how many jobs are due here whose work has ended the process that often."""
+        async with self._database.queries() as queries:
+            count: int = await queries.value("count_suspects", place=place, suspects_from=suspects_from)
+        return count
+
     async def expire_leases(self, holder: str) -> None:
-        """End the leases that a former process of this holder died with; each counts as an attempt."""
+        """End the leases that a former process of this holder died with."""
         async with self._database.queries() as queries:
             await queries.value("expire_leases", holder=holder)
+
+    async def lapse_leases(self, suspects_from: int) -> int:
+        """Free the jobs whose lease ran out, whoever held it; return how many there were."""
+        async with self._database.queries() as queries:
+            count: int = await queries.value("lapse_leases", suspects_from=suspects_from)
+        return count
+
+    async def trust(self, claim: Claim) -> None:
+        """Say that a suspect has not ended the process for a while."""
+        async with self._database.queries() as queries:
+            await queries.value("trust_job", id=claim.job.id, lease_token=claim.token)
+
+    async def wake_waiting(self, party: str) -> None:
+        """Make due what waits for an outside party that is back."""
+        async with self._database.queries() as queries:
+            await queries.value("wake_waiting", party=party)
+
+    async def agent_seen(self, place: str, host: str, version: str, *, starts: bool = False) -> None:
+        """Note that this agent is here."""
+        async with self._database.queries() as queries:
+            await queries.value("agent_seen", place=place, host=host, version=version, starts=starts)
+
+    async def agent_stopped(self, place: str) -> None:
+        """Note that this agent has stopped in good order."""
+        async with self._database.queries() as queries:
+            await queries.value("agent_stopped", place=place)
 
     async def renew(self, claim: Claim, lease_seconds: float) -> bool:
         """Keep a lease; return whether somebody has asked for the job's end.
@@ -117,9 +210,12 @@ class Jobs:
                 lease_token=claim.token,
                 from_state=claim.job.state,
                 state=move.state,
-                due_at=move.due_at,
+                wait=timedelta(seconds=move.wait_seconds),
                 attempt=move.attempt,
+                launch=move.launch,
                 waiting_for=move.waiting_for,
+                waiting_party=move.waiting_party,
+                elsewhere=move.elsewhere,
                 verdict=move.verdict,
                 fault_class=move.fault.cls if move.fault else None,
                 fault_message=move.fault.message if move.fault else None,
@@ -151,10 +247,10 @@ class Jobs:
         if kept is None:
             raise LeaseLost(f"the lease of job {claim.job.id} is another's")
 
-    async def seconds_to_next(self, most: float) -> float:
-        """Return how long to sleep until the next job falls due, `most` seconds at the longest."""
+    async def seconds_to_next(self, place: str, most: float) -> float:
+        """Return how long to sleep until the next job falls due here, `most` seconds at the longest."""
         async with self._database.queries() as queries:
-            seconds: float | None = await queries.value("next_job_due")
+            seconds: float | None = await queries.value("next_job_due", place=place)
         return most if seconds is None else min(most, seconds)
 
     async def cancel(self, job_id: str) -> bool:
@@ -162,11 +258,11 @@ class Jobs:
         async with self._database.queries() as queries:
             return await queries.value("request_cancel", id=uuid.UUID(job_id)) is not None
 
-    async def ended_before(self, job_ids: Collection[str], before: datetime) -> set[str]:
-        """Return which of these jobs ended before a time."""
+    async def on_disk(self, job_ids: Collection[str]) -> dict[str, OnDisk]:
+        """Return what is known of these jobs; one that this database does not have is left out."""
         async with self._database.queries() as queries:
-            rows = await queries.rows("finished_before", ids=[uuid.UUID(each) for each in job_ids], before=before)
-        return {str(row["id"]) for row in rows}
+            rows = await queries.rows("jobs_on_disk", ids=[uuid.UUID(each) for each in job_ids])
+        return {str(row["id"]): OnDisk(State(row["state"]), row["place"], row["ended_seconds"]) for row in rows}
 
 
 async def insert_job(
@@ -225,7 +321,15 @@ def job_from(row: Row) -> Job:
         exit_code=row["exit_code"],
         native_id=row["native_id"],
         folder_id=row["folder_id"],
+        launch=row["launch"],
+        place=row["place"],
+        host=row.get("host"),
+        host_seen_at=row.get("host_seen_at"),
+        host_is_gone=row.get("host_is_gone") or False,
         waiting_for=row["waiting_for"],
+        waiting_party=row["waiting_party"],
+        waiting_seconds=row.get("waiting_seconds") or 0.0,
+        suspicion=row["suspicion"],
         cancel_requested=row["cancel_requested"],
         started_at=row["started_at"],
         finished_at=row["finished_at"],

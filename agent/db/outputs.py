@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
@@ -67,3 +68,38 @@ class Outputs:
             saved = await queries.value("save_output", job_id=claim.job.id, lease_token=claim.token, **asdict(output))
         if saved is None:
             raise LeaseLost(f"the lease of job {claim.job.id} is another's")
+
+    async def ledger(self, claim: Claim) -> Ledger:
+        """Open a job's record for the worker that holds it."""
+        return Ledger(self, claim, await self.of(claim.job.id))
+
+
+class Ledger:
+    """What a job has put into Ovation, as its worker reads and writes it: memory and table say the same."""
+
+    def __init__(self, outputs: Outputs, claim: Claim, written: dict[tuple[Kind, str], Output]) -> None:
+        self._outputs = outputs
+        self._claim = claim
+        self._written = written
+        self._entities = {output.entity_id for output in written.values()}
+
+    def __iter__(self) -> Iterator[Output]:
+        return iter(list(self._written.values()))
+
+    def get(self, kind: Kind, path: str) -> Output:
+        """Return how far an output is; one of which nothing is written has not begun."""
+        return self._written.get((kind, path)) or Output(kind, path)
+
+    def has(self, entity_id: str) -> bool:
+        """Say whether a Folder or File is, or was, one of the job's own."""
+        return entity_id in self._entities
+
+    async def save(self, output: Output) -> None:
+        """Record how far an output is.
+
+        Raises:
+            LeaseLost: another worker holds the job; nothing is written.
+        """
+        await self._outputs.save(self._claim, output)
+        self._written[output.kind, output.path] = output
+        self._entities.add(output.entity_id)

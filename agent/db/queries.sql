@@ -150,16 +150,59 @@ SELECT * FROM made;
 SELECT * FROM jobs WHERE activity_id = :activity_id AND finished_at IS NULL;
 
 -- name: claim_jobs
--- Take due jobs in these states, longest due first, and raise each one's fence. A lease that ran out is an attempt.
+-- Take due jobs in these states whose files are here or nowhere yet, longest due first, and raise each one's fence.
+-- From an agent that is gone, what it was to stage is taken over, and what somebody wants to end.
+-- Suspects, whose work has ended the process more than once, are taken by themselves.
 UPDATE jobs SET
-    lease_token = lease_token + 1, lease_until = now() + :lease, lease_holder = :holder,
-    attempt = attempt + CASE WHEN lease_until IS NULL THEN 0 ELSE 1 END
+    lease_token = lease_token + 1, lease_until = now() + :lease, lease_holder = :place, place = :place, alone = :alone
 WHERE id IN (
     SELECT id FROM jobs
-    WHERE finished_at IS NULL AND state = ANY(:states) AND due_at <= now()
-        AND (lease_until IS NULL OR lease_until < now())
+    WHERE finished_at IS NULL AND state = ANY(:states) AND due_at <= now() AND lease_until IS NULL
+        AND (suspicion >= :suspects_from) = :alone
+        AND (place = :place OR place IS NULL OR ((state = 'staging' OR cancel_requested) AND NOT EXISTS (
+            SELECT 1 FROM agents a WHERE a.place = jobs.place AND a.stopped_at IS NULL AND a.seen_at > now() - :gone::interval)))
     ORDER BY due_at LIMIT :most FOR UPDATE SKIP LOCKED)
-RETURNING *;
+RETURNING *, extract(epoch FROM now() - waiting_since)::float8 AS waiting_seconds;
+
+-- name: claim_queued
+-- Let queued jobs in, each Project in turn, so that one's thousand do not starve another's one. Nothing is let in while
+-- as many as `ahead` are being staged here or wait to be launched: what waits on the disk helps nobody.
+WITH RECURSIVE projects AS (
+    SELECT min(project_id) AS project_id FROM jobs WHERE state = 'queued'
+    UNION ALL
+    SELECT (SELECT min(project_id) FROM jobs WHERE state = 'queued' AND project_id > p.project_id)
+    FROM projects p WHERE p.project_id IS NOT NULL),
+busy AS (
+    SELECT project_id, count(*) AS jobs FROM jobs
+    WHERE finished_at IS NULL AND state IN ('staging', 'launching', 'running') GROUP BY project_id),
+ahead AS (
+    SELECT count(*) AS jobs FROM jobs
+    WHERE finished_at IS NULL AND state IN ('staging', 'launching') AND place = :place
+        AND (lease_until IS NOT NULL OR due_at <= now())),
+turns AS (
+    SELECT first.id, first.due_at, first.turn + coalesce(busy.jobs, 0) AS turn
+    FROM projects p
+    CROSS JOIN LATERAL (
+        SELECT id, due_at, row_number() OVER (ORDER BY due_at, id) AS turn FROM (
+            SELECT id, due_at FROM jobs
+            WHERE state = 'queued' AND project_id = p.project_id AND due_at <= now() AND lease_until IS NULL
+                AND suspicion < :suspects_from
+            ORDER BY due_at LIMIT :most) q) first
+    LEFT JOIN busy ON busy.project_id = p.project_id)
+UPDATE jobs SET
+    lease_token = lease_token + 1, lease_until = now() + :lease, lease_holder = :place, place = :place, alone = false
+WHERE id IN (
+    SELECT j.id FROM jobs j JOIN turns t ON t.id = j.id
+    WHERE j.state = 'queued' AND j.lease_until IS NULL
+    ORDER BY t.turn, t.due_at LIMIT greatest(0, least(:most, :ahead - (SELECT jobs FROM ahead)))
+    FOR UPDATE OF j SKIP LOCKED)
+RETURNING *, extract(epoch FROM now() - waiting_since)::float8 AS waiting_seconds;
+
+-- name: count_suspects$
+-- How many jobs are due here whose work has ended the process more than once.
+SELECT count(*) FROM jobs
+WHERE finished_at IS NULL AND suspicion >= :suspects_from AND due_at <= now() AND lease_until IS NULL
+    AND (place = :place OR place IS NULL);
 
 -- name: expire_leases!
 -- An agent starts: the leases of the one that ran on its data directory before it end now.
@@ -167,40 +210,80 @@ WITH jobs_expired AS (
     UPDATE jobs SET lease_until = now() - interval '1 microsecond' WHERE lease_holder = :holder AND lease_until > now())
 UPDATE watched SET lease_until = now() - interval '1 microsecond' WHERE lease_holder = :holder AND lease_until > now();
 
+-- name: lapse_leases$
+-- Free the jobs whose lease ran out, fence whoever held it, and tell how many there were. Whose step it was that ended
+-- the process is not known: all that it held are under suspicion, and from the second time on only those that were
+-- alone. Watching a container does nothing that could end a process.
+WITH lapsed AS (
+    SELECT id FROM jobs WHERE lease_until < now() AND finished_at IS NULL ORDER BY id FOR UPDATE SKIP LOCKED),
+freed AS (
+    UPDATE jobs SET
+        lease_until = NULL, lease_holder = NULL, lease_token = lease_token + 1, alone = false,
+        place = CASE WHEN state = 'queued' THEN NULL ELSE place END,
+        suspicion = suspicion + CASE WHEN state <> 'running' AND (suspicion < :suspects_from OR alone) THEN 1 ELSE 0 END
+    WHERE id IN (SELECT id FROM lapsed)
+    RETURNING id, state, attempt),
+told AS (
+    INSERT INTO job_events (job_id, state, attempt, note)
+    SELECT id, state, attempt, 'the agent that worked on it stopped answering' FROM freed)
+SELECT count(*) FROM freed;
+
+-- name: trust_job!
+-- A suspect has not ended the process for a while: others may go on beside it.
+UPDATE jobs SET alone = false WHERE id = :id AND lease_token = :lease_token;
+
 -- name: renew_lease$
 -- Keep a lease; tells whether somebody asked for the job's end. Nothing: the lease is another's now.
-UPDATE jobs SET lease_until = now() + :lease WHERE id = :id AND lease_token = :lease_token
+UPDATE jobs SET lease_until = now() + :lease WHERE id = :id AND lease_token = :lease_token AND lease_until IS NOT NULL
 RETURNING cancel_requested;
 
 -- name: release_lease!
 -- Give a job back as it was: a shutdown is not an attempt.
-UPDATE jobs SET lease_until = NULL, lease_holder = NULL, due_at = now() WHERE id = :id AND lease_token = :lease_token;
+UPDATE jobs SET
+    lease_until = NULL, lease_holder = NULL, alone = false, due_at = now(),
+    place = CASE WHEN state = 'queued' THEN NULL ELSE place END
+WHERE id = :id AND lease_token = :lease_token AND lease_until IS NOT NULL;
 
 -- name: move_job$
--- The one fenced move, told in job_events when anything but the time changed. Nothing: the lease is another's now.
-WITH before AS (SELECT id, state, attempt, waiting_for FROM jobs WHERE id = :id),
+-- The one fenced move, told in job_events when anything but the time changed, or the figures after a comma in what it
+-- waits for. Nothing: the lease is another's now.
+WITH before AS (
+    SELECT id, state, attempt, launch, coalesce(waiting_party, split_part(waiting_for, ',', 1)) AS waits
+    FROM jobs WHERE id = :id),
 moved AS (
     UPDATE jobs SET
-        state = :state, due_at = :due_at, attempt = :attempt, waiting_for = :waiting_for, verdict = :verdict,
+        state = :state, due_at = now() + :wait::interval, attempt = :attempt, launch = :launch, verdict = :verdict,
         fault_class = :fault_class, fault_message = :fault_message, exit_code = :exit_code,
-        native_id = :native_id, started_at = :started_at, lease_until = NULL, lease_holder = NULL,
+        native_id = :native_id, started_at = :started_at,
+        lease_until = NULL, lease_holder = NULL, alone = false, suspicion = 0,
+        place = CASE WHEN :elsewhere THEN NULL ELSE place END,
+        waiting_for = :waiting_for, waiting_party = :waiting_party,
+        waiting_since = CASE WHEN :waiting_for::text IS NOT NULL THEN
+            CASE WHEN state = :state THEN coalesce(waiting_since, now()) ELSE now() END END,
         progress = CASE WHEN state = :state THEN progress ELSE '{}' END,
         finished_at = CASE WHEN :terminal THEN now() END
-    WHERE id = :id AND lease_token = :lease_token AND state = :from_state
-    RETURNING id, state, attempt, waiting_for),
+    WHERE id = :id AND lease_token = :lease_token AND state = :from_state AND lease_until IS NOT NULL
+    RETURNING id, state, attempt, launch, waiting_for,
+        coalesce(waiting_party, split_part(waiting_for, ',', 1)) AS waits),
 told AS (
     INSERT INTO job_events (job_id, state, attempt, note, done)
     SELECT m.id, m.state, m.attempt, coalesce(m.waiting_for, :note), :done::jsonb FROM moved m JOIN before b USING (id)
-    WHERE (m.state, m.attempt, m.waiting_for) IS DISTINCT FROM (b.state, b.attempt, b.waiting_for))
+    WHERE (m.state, m.attempt, m.launch, m.waits) IS DISTINCT FROM (b.state, b.attempt, b.launch, b.waits))
 SELECT state FROM moved;
+
+-- name: wake_waiting!
+-- An outside party is back: what waits for it is due now.
+UPDATE jobs SET due_at = now()
+WHERE waiting_party = :party AND finished_at IS NULL AND lease_until IS NULL AND due_at > now();
 
 -- name: set_progress!
 -- How far the current step is.
-UPDATE jobs SET progress = :progress WHERE id = :id AND lease_token = :lease_token;
+UPDATE jobs SET progress = :progress WHERE id = :id AND lease_token = :lease_token AND lease_until IS NOT NULL;
 
 -- name: set_folder$
 -- The run's Folder, made once.
-UPDATE jobs SET folder_id = :folder_id WHERE id = :id AND lease_token = :lease_token RETURNING folder_id;
+UPDATE jobs SET folder_id = :folder_id WHERE id = :id AND lease_token = :lease_token AND lease_until IS NOT NULL
+RETURNING folder_id;
 
 -- name: request_cancel$
 -- Ask for a job's end; nothing when it has ended or is not there.
@@ -209,12 +292,16 @@ UPDATE jobs SET cancel_requested = true,
 WHERE id = :id AND finished_at IS NULL RETURNING id;
 
 -- name: get_job^
--- One job.
-SELECT * FROM jobs WHERE id = :id;
+-- One job, with the machine that has its files.
+SELECT jobs.*, a.host, a.seen_at AS host_seen_at, extract(epoch FROM now() - waiting_since)::float8 AS waiting_seconds,
+    coalesce(a.stopped_at IS NOT NULL OR a.seen_at < now() - :gone::interval, false) AS host_is_gone
+FROM jobs LEFT JOIN agents a USING (place) WHERE id = :id;
 
 -- name: list_jobs
--- The newest jobs, of one Activity or state if named.
-SELECT * FROM jobs
+-- The newest jobs, of one Activity or state if named, with the machines that have their files.
+SELECT jobs.*, a.host, a.seen_at AS host_seen_at, extract(epoch FROM now() - waiting_since)::float8 AS waiting_seconds,
+    coalesce(a.stopped_at IS NOT NULL OR a.seen_at < now() - :gone::interval, false) AS host_is_gone
+FROM jobs LEFT JOIN agents a USING (place)
 WHERE (:activity_id::text IS NULL OR activity_id = :activity_id) AND (:state::text IS NULL OR state = :state)
 ORDER BY created_at DESC LIMIT :most;
 
@@ -223,9 +310,9 @@ ORDER BY created_at DESC LIMIT :most;
 SELECT * FROM job_events WHERE job_id = :job_id AND id > :after ORDER BY id;
 
 -- name: next_job_due$
--- Seconds until the next job falls due. One that is due already waits for a free place, not for time.
+-- Seconds until the next job falls due here. One that is due already waits for a free place, not for time.
 SELECT extract(epoch FROM min(due_at) - now())::float8 FROM jobs
-WHERE finished_at IS NULL AND lease_until IS NULL AND due_at > now();
+WHERE finished_at IS NULL AND lease_until IS NULL AND due_at > now() AND (place = :place OR place IS NULL);
 
 -- name: next_look_due$
 -- Seconds until the next entity is to be looked at.
@@ -239,12 +326,42 @@ SELECT * FROM outputs WHERE job_id = :job_id ORDER BY kind, path;
 -- Record how far one output is, before the next call is made. Nothing: the lease is another's now.
 INSERT INTO outputs AS o (job_id, kind, path, size, sha256, entity_id, revision_id, uploaded, linked)
 SELECT id, :kind, :path, :size, :sha256, :entity_id, :revision_id, :uploaded, :linked
-FROM jobs WHERE id = :job_id AND lease_token = :lease_token
+FROM jobs WHERE id = :job_id AND lease_token = :lease_token AND lease_until IS NOT NULL FOR SHARE
 ON CONFLICT (job_id, kind, path) DO UPDATE SET
     size = excluded.size, sha256 = excluded.sha256, entity_id = excluded.entity_id,
     revision_id = excluded.revision_id, uploaded = excluded.uploaded, linked = excluded.linked
 RETURNING path;
 
--- name: finished_before
--- Jobs that ended before this time, for the sweep of what they left on disk.
-SELECT id FROM jobs WHERE id = ANY(:ids) AND finished_at < :before;
+-- name: agent_seen!
+-- This agent is here: what is being staged for it is not taken over by others.
+INSERT INTO agents (place, host, version) VALUES (:place, :host, :version)
+ON CONFLICT (place) DO UPDATE SET host = excluded.host, version = excluded.version, seen_at = now(), stopped_at = NULL,
+    started_at = CASE WHEN :starts THEN now() ELSE agents.started_at END;
+
+-- name: agent_stopped!
+-- This agent has stopped in good order.
+UPDATE agents SET seen_at = now(), stopped_at = now() WHERE place = :place;
+
+-- name: jobs_on_disk
+-- What the sweep asks of the jobs that have a directory on its disk.
+SELECT id, state, place, extract(epoch FROM now() - finished_at)::float8 AS ended_seconds FROM jobs WHERE id = ANY(:ids);
+
+-- name: looks_waiting_due$
+-- Ovation is back: what it was away for when it was looked at is due now. In the order of their ids, as everybody writes.
+WITH waiting AS (
+    SELECT entity_id FROM watched WHERE attempt > 0 AND due_at > now() ORDER BY entity_id FOR UPDATE),
+due AS (UPDATE watched SET due_at = now() WHERE entity_id IN (SELECT entity_id FROM waiting) RETURNING 1)
+SELECT count(*) FROM due;
+
+-- name: claim_cancelled
+-- Take jobs whose end was asked for before their container ran: they need no place, for nothing is done for them.
+UPDATE jobs SET
+    lease_token = lease_token + 1, lease_until = now() + :lease, lease_holder = :place, place = :place, alone = false
+WHERE id IN (
+    SELECT id FROM jobs
+    WHERE cancel_requested AND finished_at IS NULL AND state IN ('queued', 'staging', 'launching')
+        AND due_at <= now() AND lease_until IS NULL AND suspicion < :suspects_from
+        AND (place = :place OR place IS NULL OR NOT EXISTS (
+            SELECT 1 FROM agents a WHERE a.place = jobs.place AND a.stopped_at IS NULL AND a.seen_at > now() - :gone::interval))
+    ORDER BY due_at LIMIT :most FOR UPDATE SKIP LOCKED)
+RETURNING *, extract(epoch FROM now() - waiting_since)::float8 AS waiting_seconds;

@@ -192,6 +192,12 @@ class WatchList:
             seconds: float | None = await queries.value("next_look_due")
         return most if seconds is None else min(most, max(0.0, seconds))
 
+    async def looks_waiting_due(self) -> int:
+        """Make due what a look failed at and waits for another; return how many those are."""
+        async with self._database.queries() as queries:
+            count: int = await queries.value("looks_waiting_due")
+        return count
+
 
 async def _take(
     queries: Queries,

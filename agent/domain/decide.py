@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from dataclasses import dataclass, replace
 
 from agent.domain.job import (
     BEFORE_RUNNING,
     TRANSITIONS,
     Done,
     Failed,
+    Fault,
+    FaultClass,
     Job,
+    Lost,
     Move,
     NotYet,
     Outage,
     Outcome,
+    SetAside,
     State,
     Verdict,
 )
@@ -22,12 +25,18 @@ from agent.domain.job import (
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How patient the agent is. Seconds, except `attempts`."""
+    """How patient the agent is. Seconds, except where the name says otherwise."""
 
     attempts: int = 5
     backoff_seconds: float = 2.0
     backoff_max_seconds: float = 60.0
+    outage_seconds: float = 4.0  # the longest first wait for a party that is away
+    retry_after_max_seconds: float = 600.0  # a party that asks to be left alone for longer is asked all the same
     refused_seconds: float = 600.0  # between tries of a delivery that was refused for good: only a person can help
+    node_retries: int = 1  # how often a run that its machine lost is started again
+    suspects_from: int = 2  # deaths of the process after which a job is worked at alone
+    suspicion: int = 6  # deaths of the process after which a job is set aside
+    probation_seconds: float = 10.0  # how long a suspect is alone at first; doubled with every further death
 
 
 _NEXT = {
@@ -45,7 +54,7 @@ _END = {
 }
 
 
-def decide(job: Job, outcome: Outcome, now: datetime, limits: Limits, jitter: float = 1.0) -> Move:
+def decide(job: Job, outcome: Outcome, limits: Limits, jitter: float = 1.0) -> Move:
     """Return the move that `outcome` of the job's current step leads to.
 
     `jitter` in 0…1 scales the backoff (full jitter: the caller draws it).
@@ -60,25 +69,49 @@ def decide(job: Job, outcome: Outcome, now: datetime, limits: Limits, jitter: fl
         raise ValueError(f"a {job.state} job moves no further")
     match outcome:
         case Done():
-            return _advance(job, outcome, now)
+            return _advance(job, outcome)
         case NotYet():
-            return _stay(job, now + timedelta(seconds=outcome.seconds), job.attempt, outcome.reason)
+            return replace(_stay(job, outcome.seconds, job.attempt, outcome.reason), elsewhere=outcome.elsewhere)
         case Outage():
-            wait = _backoff(job.attempt + 3, limits, jitter)
-            return _stay(job, now + wait, job.attempt, f"waiting for {outcome.party}: {outcome.reason}")
+            wait = max(_outage_seconds(job, limits) * jitter, min(outcome.seconds or 0, limits.retry_after_max_seconds))
+            reason = f"waiting for {outcome.party}: {outcome.reason}"
+            return replace(_stay(job, wait, job.attempt, reason), waiting_party=outcome.party)
         case Failed():
-            return _failed(job, outcome, now, limits, jitter)
+            return _failed(job, outcome, limits, jitter)
+        case Lost():
+            return _lost(job, outcome, limits)
+        case SetAside():
+            return _set_aside(job, outcome)
 
 
-def _advance(job: Job, done: Done, now: datetime) -> Move:
+def set_aside(job: Job, limits: Limits) -> SetAside | None:
+    """Return the outcome of a job whose work has ended the agent's process too often to be tried again."""
+    if job.suspicion < limits.suspicion:
+        return None
+    return SetAside(
+        Fault(
+            FaultClass.AGENT,
+            f"The agent's process ended {job.suspicion} times while it worked on this run ({job.state}); it was set"
+            " aside, so that other runs go on. Its operator should look into this.",
+        )
+    )
+
+
+def probation_seconds(job: Job, limits: Limits) -> float:
+    """Return how long a suspect is worked at alone, before others may go on beside it."""
+    return float(limits.probation_seconds * 2 ** max(0, job.suspicion - limits.suspects_from))
+
+
+def _advance(job: Job, done: Done) -> Move:
     verdict = job.verdict or done.verdict
     state = _END[verdict] if job.state is State.REPORTING else _NEXT[job.state]
     if job.state in BEFORE_RUNNING and done.verdict is not None:
         state = State.COLLECTING  # it was found to be over before it ran
     return Move(
         state=state,
-        due_at=now,
+        wait_seconds=0,
         attempt=0,
+        launch=job.launch,
         verdict=verdict,
         fault=job.fault or done.fault,
         exit_code=done.exit_code if job.exit_code is None else job.exit_code,
@@ -88,30 +121,65 @@ def _advance(job: Job, done: Done, now: datetime) -> Move:
     )
 
 
-def _failed(job: Job, failed: Failed, now: datetime, limits: Limits, jitter: float) -> Move:
+def _failed(job: Job, failed: Failed, limits: Limits, jitter: float) -> Move:
     attempt = job.attempt + 1
     before = job.state in BEFORE_RUNNING or job.state is State.RUNNING
     if before and (failed.final or attempt >= limits.attempts):
-        return Move(
-            state=State.COLLECTING,
-            due_at=now,
-            attempt=0,
-            verdict=job.verdict or Verdict.FAILED,
-            fault=job.fault or failed.fault,
-            exit_code=job.exit_code,
-            native_id=job.native_id,
-            started_at=job.started_at,
-            waiting_for=None,
-        )
-    wait = timedelta(seconds=limits.refused_seconds) if failed.final else _backoff(attempt, limits, jitter)
-    return _stay(job, now + wait, attempt, failed.fault.message)
+        return _end_before_delivery(job, failed.fault)
+    wait = limits.refused_seconds if failed.final else _backoff_seconds(attempt, limits) * jitter
+    return _stay(job, wait, attempt, failed.fault.message)
 
 
-def _stay(job: Job, due_at: datetime, attempt: int, waiting_for: str) -> Move:
+def _end_before_delivery(job: Job, fault: Fault) -> Move:
+    return Move(
+        state=State.COLLECTING,
+        wait_seconds=0,
+        attempt=0,
+        launch=job.launch,
+        verdict=job.verdict or Verdict.FAILED,
+        fault=job.fault or fault,
+        exit_code=job.exit_code,
+        native_id=job.native_id,
+        started_at=job.started_at,
+        waiting_for=None,
+    )
+
+
+def _lost(job: Job, lost: Lost, limits: Limits) -> Move:
+    """Start again from staging, whose files are mostly there, as often as the limits say."""
+    if job.cancel_requested:
+        return replace(_end_before_delivery(job, lost.fault), verdict=job.verdict or Verdict.CANCELLED, fault=job.fault)
+    if job.launch > limits.node_retries or State.STAGING not in TRANSITIONS[job.state]:
+        return _end_before_delivery(job, lost.fault)
+    again = _end_before_delivery(job, lost.fault)
+    return replace(
+        again,
+        state=State.STAGING,
+        launch=job.launch + 1,
+        verdict=job.verdict,
+        fault=job.fault,
+        native_id=None,
+        started_at=None,
+    )
+
+
+def _set_aside(job: Job, aside: SetAside) -> Move:
+    """Skip the work that cannot be done. Where outputs are not delivered, the run has not succeeded."""
+    move = _end_before_delivery(job, aside.fault)
+    if job.state is State.COLLECTING:
+        verdict = Verdict.FAILED if job.verdict is Verdict.SUCCEEDED else move.verdict
+        return replace(move, state=State.REPORTING, verdict=verdict)
+    if job.state is State.REPORTING:
+        return replace(move, state=_END[job.verdict], verdict=job.verdict, fault=job.fault)
+    return move
+
+
+def _stay(job: Job, wait_seconds: float, attempt: int, waiting_for: str) -> Move:
     return Move(
         state=job.state,
-        due_at=due_at,
+        wait_seconds=wait_seconds,
         attempt=attempt,
+        launch=job.launch,
         verdict=job.verdict,
         fault=job.fault,
         exit_code=job.exit_code,
@@ -121,6 +189,10 @@ def _stay(job: Job, due_at: datetime, attempt: int, waiting_for: str) -> Move:
     )
 
 
-def _backoff(attempt: int, limits: Limits, jitter: float) -> timedelta:
-    ceiling = min(limits.backoff_max_seconds, limits.backoff_seconds * 2 ** min(attempt - 1, 16))
-    return timedelta(seconds=ceiling * jitter)
+def _backoff_seconds(attempt: int, limits: Limits) -> float:
+    return float(min(limits.backoff_max_seconds, limits.backoff_seconds * 2 ** min(attempt - 1, 16)))
+
+
+def _outage_seconds(job: Job, limits: Limits) -> float:
+    """Wait about as long again as it has lasted: that is exponential, and needs no count of tries."""
+    return min(limits.backoff_max_seconds, max(limits.outage_seconds, job.waiting_seconds))

@@ -38,7 +38,7 @@ TRANSITIONS: Mapping[State, frozenset[State]] = MappingProxyType(
         State.QUEUED: frozenset({State.STAGING, State.COLLECTING}),
         State.STAGING: frozenset({State.LAUNCHING, State.COLLECTING}),
         State.LAUNCHING: frozenset({State.RUNNING, State.COLLECTING}),
-        State.RUNNING: frozenset({State.COLLECTING}),
+        State.RUNNING: frozenset({State.COLLECTING, State.STAGING}),
         State.COLLECTING: frozenset({State.REPORTING}),
         State.REPORTING: frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED}),
         State.SUCCEEDED: frozenset(),
@@ -109,7 +109,7 @@ class Job:
     run: int  # its number on the Activity, from 1
     plan: Plan
     state: State
-    attempt: int  # failures of the current state
+    attempt: int  # failures of the current state's work
     trigger: str  # webhook, reconcile, hpc_run, rerun
     requested_by: str | None
     created_at: datetime
@@ -118,7 +118,15 @@ class Job:
     exit_code: int | None = None
     native_id: str | None = None
     folder_id: str | None = None
+    launch: int = 1  # which start of the container: a run that its machine lost is started once more
+    place: str | None = None  # the data directory that has the job's files
+    host: str | None = None  # the machine with that directory
+    host_seen_at: datetime | None = None  # when its agent was last there
+    host_is_gone: bool = False  # that was too long ago, or it has stopped
     waiting_for: str | None = None
+    waiting_party: str | None = None  # the outside party that is away
+    waiting_seconds: float = 0.0  # how long it has waited in this state by now
+    suspicion: int = 0  # how often the process ended in the middle of the current state's work
     cancel_requested: bool = False
     started_at: datetime | None = None  # the container
     finished_at: datetime | None = None  # the job
@@ -139,10 +147,11 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class NotYet:
-    """Nothing is wrong; look again after `seconds`. Uses no attempt."""
+    """Nothing is wrong; look again after `seconds`. Uses no attempt. `elsewhere`: another agent may do it as well."""
 
     seconds: float
     reason: str
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +160,8 @@ class Outage:
 
     party: str  # "Ovation", "the object store"
     reason: str
+    seconds: float | None = None  # how long it asked to be left alone
+    is_told: bool = False  # whoever found out that the party is away has said so
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,19 +172,39 @@ class Failed:
     final: bool
 
 
-Outcome = Done | NotYet | Outage | Failed
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The machine lost the run: it restarted, or somebody stopped what ran there. It may be run again."""
+
+    fault: Fault
+
+
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """The step keeps ending the agent's process: it is not tried again, so that the other jobs go on."""
+
+    fault: Fault
+
+
+Outcome = Done | NotYet | Outage | Failed | Lost | SetAside
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One fenced UPDATE: where the job goes, when it is due there, and what is written with it."""
+    """One fenced UPDATE: where the job goes, after how long it is due there, and what is written with it.
+
+    `wait_seconds` counts from the database's own clock, so that hosts whose clocks differ agree.
+    """
 
     state: State
-    due_at: datetime
+    wait_seconds: float
     attempt: int
+    launch: int
     verdict: Verdict | None
     fault: Fault | None
     exit_code: int | None
     native_id: str | None
     started_at: datetime | None
     waiting_for: str | None
+    waiting_party: str | None = None
+    elsewhere: bool = False  # any agent may go on with it

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from agent.adapters.disk import Room
 from agent.adapters.download import Downloader
 from agent.adapters.executor import Executor, RunRequest
 from agent.adapters.ovation import Ovation
@@ -30,17 +31,27 @@ class Context:
     downloader: Downloader
     uploader: Uploader
     executor: Executor
+    room: Room
 
     def layout(self, job: Job) -> Layout:
         """Return where the job's files are."""
         return Layout(Path(self.settings.data_dir).absolute(), job.id)
 
+    def last_run(self, job: Job) -> RunRequest:
+        """Return the job's last container that has left anything: a launch that never came about has not."""
+        for launch in range(job.launch, 1, -1):
+            request = self.run_request(replace(job, launch=launch))
+            if request.directory.is_dir():
+                return request
+        return self.run_request(replace(job, launch=1))
+
     def run_request(self, job: Job) -> RunRequest:
-        """Return the job's container; the same for the same job, however often it is asked for."""
+        """Return the job's container; the same for the same launch of the job, however often it is asked for."""
         layout = self.layout(job)
         return RunRequest(
-            name=f"ovation-{job.id}-1",
-            directory=Path(layout.run(1)),
+            name=f"ovation-{job.id}-{job.launch}",
+            directory=Path(layout.run(job.launch)),
+            native_id=job.native_id,
             image=Path(layout.related) / job.plan.image.file_name,
             inputs=Path(layout.inputs),
             related=Path(layout.related),
@@ -65,10 +76,14 @@ class Progress:
 
 @dataclass(slots=True)
 class Control:
-    """What a step tells the worker, and the worker the step, while it runs."""
+    """What a step tells the worker, and the worker the step, while it runs.
+
+    `alone`: the job's work may be what ends the process, so that nothing else is worked at beside it.
+    """
 
     progress: Progress = field(default_factory=Progress)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    alone: bool = False
 
 
 class Step(Protocol):

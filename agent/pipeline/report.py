@@ -7,15 +7,25 @@ from pathlib import Path
 
 from agent.adapters.files import remove_tree
 from agent.db.jobs import Claim
-from agent.domain.job import Done, Outcome
+from agent.domain.job import Done, Outcome, Verdict
 from agent.pipeline.context import Context, Control
+from agent.pipeline.staged import remove_work
 
 
 async def report(context: Context, claim: Claim, control: Control) -> Outcome:
-    """Remove what was delivered or can be fetched again."""
+    """Remove what was delivered or can be fetched again; of a failed run all stays for a while, for whoever looks."""
     del control
-    root = Path(context.layout(claim.job).root)
-    request = context.run_request(claim.job)
-    for path in (root / "inputs", root / "related", request.outputs, request.directory / "scratch"):
-        await asyncio.to_thread(remove_tree, path)
+    job, settings = claim.job, context.settings
+    context.room.forget(job.id)
+    failed = job.verdict not in {Verdict.SUCCEEDED, Verdict.CANCELLED}
+    if failed and settings.keep_failed_seconds > 0:
+        return Done()
+    root = Path(context.layout(job).root)
+    try:
+        if settings.keep_seconds > 0:
+            await asyncio.to_thread(remove_work, root)
+        else:
+            await asyncio.to_thread(remove_tree, root)
+    except OSError as error:  # the run is over and delivered: what is left is the sweep's
+        return Done(note=f"not all of its files could be removed from the agent's disk: {error.strerror}")
     return Done()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
-from agent.adapters.executor import Ended, NotStarted, Status
+from agent.adapters.executor import Ended, Ending, NotStarted, Status
 from agent.adapters.files import tail
 from agent.db.jobs import Claim
 from agent.domain.container import judge
-from agent.domain.job import Done, Failed, Fault, FaultClass, Outcome
+from agent.domain.job import Done, Fault, FaultClass, Lost, Outcome
 from agent.pipeline.context import Context, Control
 
 _LOOK_SECONDS = 30.0
@@ -30,8 +30,7 @@ async def watch(context: Context, claim: Claim, control: Control) -> Outcome:
             finally:
                 waiting.cancel()
             if isinstance(status, NotStarted):
-                fault = Fault(FaultClass.NODE, "the run's directory has disappeared from the machine that ran it")
-                return Failed(fault, final=True)
+                return Lost(Fault(FaultClass.NODE, "The run's files have disappeared from the machine that ran it."))
             if isinstance(status, Ended):
                 judgement = judge(
                     status.ending,
@@ -39,6 +38,8 @@ async def watch(context: Context, claim: Claim, control: Control) -> Outcome:
                     tail(request.stderr, _STDERR_TAIL_BYTES),
                     time_limit_seconds=request.time_limit_seconds,
                 )
+                if status.ending is Ending.LOST and judgement.fault is not None:
+                    return Lost(judgement.fault)
                 return Done(
                     verdict=judgement.verdict,
                     fault=judgement.fault,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from email.utils import formatdate
 from typing import TYPE_CHECKING
 
@@ -156,7 +157,8 @@ async def _send(
     request = call.request
     fault = request.get(FAULT)
     if fault is not None:
-        return await deliver(request, response, _chunks(call.store, stored, start, count), count, fault)
+        async with aclosing(_chunks(call.store, stored, start, count)) as chunks:  # also when the client goes away
+            return await deliver(request, response, chunks, count, fault)
     if count <= INLINE_BYTES:
         body = b"".join([chunk async for chunk in _chunks(call.store, stored, start, count)])
         return web.Response(status=response.status, headers=response.headers, body=body)
@@ -171,7 +173,7 @@ async def _send(
     return response
 
 
-async def _chunks(store: ObjectStore, stored: StoredObject, start: int, count: int) -> AsyncIterator[bytes]:
+async def _chunks(store: ObjectStore, stored: StoredObject, start: int, count: int) -> AsyncGenerator[bytes, None]:
     for blob, offset, length in _slices(stored.blobs, start, count):
         with store.path(blob).open("rb") as file:
             file.seek(offset)

@@ -74,7 +74,8 @@ class WebhookSender:
                     self._busy[row["id"]] = task
                     task.add_done_callback(self._done(row["id"]))
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), self._idle_seconds())
+                    async with asyncio.timeout(self._idle_seconds()):
+                        await self._wake.wait()
 
     def _done(self, delivery_id: int) -> Callable[[asyncio.Task[None]], None]:
         def forget(task: asyncio.Task[None]) -> None:

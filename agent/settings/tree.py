@@ -137,6 +137,16 @@ class AgentSettings(_Group):
     keep_seconds: Seconds = Field(
         604_800, description="How long the logs of finished runs stay on this machine for the `logs` command."
     )
+    keep_failed_seconds: Seconds = Field(
+        86_400, description="How long the files of failed runs stay, unless the room is needed."
+    )
+    min_free_bytes: Bytes = Field(1_000_000_000, description="Disk space that staging leaves free.")
+    node_retries: Annotated[int, Field(ge=0, le=10)] = Field(
+        1, description="How often a run that its machine lost, by a restart for instance, is started again."
+    )
+    drain_seconds: Seconds = Field(
+        30, description="How long, after SIGTERM, steps that are under way may go on. Containers go on in any case."
+    )
     log_format: Literal["auto", "json", "console"] = Field("auto", description="`auto`: console on a terminal.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 

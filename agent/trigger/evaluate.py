@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 
@@ -19,12 +20,14 @@ _AT_ONCE = 8
 _LEASE_SECONDS = 60.0
 _IDLE_SECONDS = 2.0
 _UPLOAD_LOOK_SECONDS = 15.0
-_OUTAGE_LOOK_SECONDS = 10.0
 _OUTAGE_LOOK_MAX_SECONDS = 60.0
+# Where Ovation is there and this one look fails, nobody calls when it would succeed.
+_TROUBLE_LOOK_SECONDS = 4.0
+_TROUBLE_LOOK_MAX_SECONDS = 20.0
 
 
 class Evaluator:
-    """Looks at due entities, several at once."""
+    """Looks at due entities, several at once; at none while Ovation is away."""
 
     def __init__(
         self,
@@ -41,10 +44,17 @@ class Evaluator:
         self._on_job = on_job
         self._wake = asyncio.Event()
         self._looks: set[asyncio.Task[None]] = set()
+        self._ovation_is_back = True  # it may have come back while no agent ran
+        ovation.on_back(self.ovation_is_back)
 
     def wake(self) -> None:
         """Look for due entities now."""
         self._wake.set()
+
+    async def ovation_is_back(self) -> None:
+        """Look at once at what waits for Ovation."""
+        self._ovation_is_back = True
+        self.wake()
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -53,17 +63,29 @@ class Evaluator:
                 self._wake.clear()
                 seconds = _IDLE_SECONDS
                 with contextlib.suppress(DatabaseError):  # the worker tells of it, once
-                    free = _AT_ONCE - len(self._looks)
-                    for watched in await self._watch_list.claim(free, _LEASE_SECONDS, self._holder) if free else []:
-                        self._begin(watched)
-                    if len(self._looks) < _AT_ONCE:
-                        seconds = await self._watch_list.seconds_to_next(_IDLE_SECONDS)
+                    if not self._ovation.away:
+                        seconds = await self._look_around()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), max(seconds, 0.01))
+                    async with asyncio.timeout(max(seconds, 0.01)):
+                        await self._wake.wait()
         finally:
             for look in self._looks:
                 look.cancel()
             await asyncio.gather(*self._looks, return_exceptions=True)
+
+    async def _look_around(self) -> float:
+        """Begin what is due, as far as there is room, and return how long nothing more will be, in seconds."""
+        if self._ovation_is_back:
+            self._ovation_is_back = False
+            try:
+                await self._watch_list.looks_waiting_due()
+            except DatabaseError:
+                self._ovation_is_back = True
+                raise
+        free = _AT_ONCE - len(self._looks)
+        for watched in await self._watch_list.claim(free, _LEASE_SECONDS, self._holder) if free else []:
+            self._begin(watched)
+        return await self._watch_list.seconds_to_next(_IDLE_SECONDS) if len(self._looks) < _AT_ONCE else _IDLE_SECONDS
 
     def _begin(self, watched: Watched) -> None:
         look = asyncio.create_task(self._look(watched), name=f"look at {watched.entity_id}")
@@ -78,8 +100,7 @@ class Evaluator:
             else:
                 await self._look_at_activity(watched)
         except OvationUnavailable as error:
-            wait = min(_OUTAGE_LOOK_MAX_SECONDS, _OUTAGE_LOOK_SECONDS * 2 ** min(watched.attempt, 8))
-            await self._later(watched, f"waiting for Ovation: {error}", wait)
+            await self._wait_for_ovation(watched, error)
         except OvationError as error:
             await self._later(watched, str(error), None)
         except DatabaseError:
@@ -88,9 +109,20 @@ class Evaluator:
             logger().exception("look_failed", entity_id=watched.entity_id)
             await self._later(watched, "the agent failed while it looked at this", _OUTAGE_LOOK_MAX_SECONDS)
 
-    async def _later(self, watched: Watched, reason: str, seconds: float | None) -> None:
+    async def _wait_for_ovation(self, watched: Watched, error: OvationUnavailable) -> None:
+        """Look again with full jitter; an outage of all of Ovation is told once, and not by every look."""
+        most = min(_TROUBLE_LOOK_MAX_SECONDS, _TROUBLE_LOOK_SECONDS * 2 ** min(watched.attempt, 8))
+        most = _OUTAGE_LOOK_MAX_SECONDS if error.away else most
+        wait = max(most * random.random(), error.retry_after_seconds or 0.0)  # noqa: S311 no secret
+        first = not error.away and watched.attempt == 0
+        await self._later(watched, f"waiting for Ovation: {error}", wait, tell=first)
+        if error.away and not self._ovation.away:
+            await self.ovation_is_back()  # it came back before this look was among those that wait
+
+    async def _later(self, watched: Watched, reason: str, seconds: float | None, *, tell: bool = True) -> None:
         due_at = None if seconds is None else datetime.now(UTC) + timedelta(seconds=seconds)
-        logger().warning("not_judged", entity_id=watched.entity_id, reason=reason)
+        if tell:
+            logger().warning("not_judged", entity_id=watched.entity_id, reason=reason)
         with contextlib.suppress(DatabaseError):
             await self._watch_list.judged(watched, reasons=(reason,), due_at=due_at, attempt=watched.attempt + 1)
 

@@ -131,7 +131,7 @@ class Inbox:
         self._on_hint()
 
 
-async def sweep(watch_list: WatchList) -> None:
+async def sweep_deliveries(watch_list: WatchList) -> None:
     """Remove old deliveries, now and every hour, until cancelled."""
     while True:
         with contextlib.suppress(DatabaseError):  # the worker tells of it, once

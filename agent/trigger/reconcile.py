@@ -17,7 +17,7 @@ from agent.adapters.ovation import Ovation
 from agent.db.reconciliations import Reconciliations, Seen, Walk
 from agent.db.watched import WatchList
 from agent.domain.activity import is_recent
-from agent.errors import DatabaseError, OvationError
+from agent.errors import DatabaseError, OvationError, OvationUnavailable
 from agent.logs import logger
 from agent.settings import Settings
 
@@ -42,18 +42,29 @@ class Reconciler:
         self._watch_list = watch_list
         self._ovation = ovation
         self._on_due = on_due
+        self._wake = asyncio.Event()
+        ovation.on_back(self.ovation_is_back)
+
+    async def ovation_is_back(self) -> None:
+        """Walk at once where that fell due meanwhile."""
+        self._wake.set()
 
     async def run(self) -> None:
-        """Walk at start and then every `reconcile_seconds`, until cancelled."""
+        """Walk at start and then every `reconcile_seconds`, while Ovation is there, until cancelled."""
         every = self._settings.agent.reconcile_seconds
         with contextlib.suppress(DatabaseError):
             await self._reconciliations.make_due()
         while True:
+            self._wake.clear()
             for organization in self._settings.ovation.organizations:
                 with contextlib.suppress(DatabaseError):  # the worker tells of it, once
-                    if walk := await self._reconciliations.claim(organization, _LEASE_SECONDS):
+                    if not self._ovation.away and (
+                        walk := await self._reconciliations.claim(organization, _LEASE_SECONDS)
+                    ):
                         await self._walk(walk)
-            await asyncio.sleep(min(every, _RETRY_SECONDS))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(every, _RETRY_SECONDS)):
+                    await self._wake.wait()
 
     async def _walk(self, walk: Walk) -> None:
         began = time.monotonic()
@@ -61,6 +72,9 @@ class Reconciler:
         try:
             activities, changed = await self._note(walk)
         except OvationError as error:
+            if isinstance(error, OvationUnavailable) and error.away:
+                await self._reconciliations.end(walk, 0, None, None)
+                return
             logger().warning("reconcile_failed", organization=walk.organization, error=str(error))
             await self._reconciliations.end(walk, min(settings.reconcile_seconds, _RETRY_SECONDS), None, None)
             return

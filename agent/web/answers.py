@@ -57,6 +57,15 @@ Fault = TypedDict("Fault", {"class": FaultClass, "message": str})  # `class` is 
 
 
 @_described
+class AgentAnswer(TypedDict):
+    """The agent that has a run's files."""
+
+    host: str
+    seen_at: Time | None
+    """When it was last there."""
+
+
+@_described
 class JobAnswer(TypedDict):
     """One run of one Activity's image."""
 
@@ -81,6 +90,10 @@ class JobAnswer(TypedDict):
     """Who asked for it, if a person did."""
     attempt: Annotated[int, Field(ge=0)]
     """How often the current state's work has failed."""
+    launch: Annotated[int, Field(ge=1)]
+    """Which start of the container: a run that its machine lost is started again."""
+    agent: AgentAnswer | None
+    """Where its files are; nothing before it was let in."""
     waiting_for: str | None
     cancel_requested: bool
     created_at: Time

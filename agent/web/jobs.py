@@ -209,7 +209,9 @@ def as_json(job: Job) -> JobAnswer:
         "trigger": job.trigger,
         "requested_by": job.requested_by,
         "attempt": job.attempt,
-        "waiting_for": job.waiting_for,
+        "launch": job.launch,
+        "agent": {"host": job.host, "seen_at": _time(job.host_seen_at)} if job.host else None,
+        "waiting_for": _waits(job),
         "cancel_requested": job.cancel_requested,
         "created_at": job.created_at.isoformat(),
         "started_at": _time(job.started_at),
@@ -218,6 +220,14 @@ def as_json(job: Job) -> JobAnswer:
         "native_id": job.native_id,
         "live": job.state not in TERMINAL,
     }
+
+
+def _waits(job: Job) -> str | None:
+    """Say what a job waits for; where its files are on a machine whose agent is gone, that is it."""
+    if not job.host_is_gone or job.state in TERMINAL:
+        return job.waiting_for
+    seen = f"last seen {job.host_seen_at:%Y-%m-%d %H:%M} UTC" if job.host_seen_at else "not seen yet"
+    return f"waiting for the agent on {job.host}, which has the run's files ({seen})"
 
 
 def _time(at: datetime | None) -> str | None:

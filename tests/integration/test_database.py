@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from importlib import resources
 
 import asyncpg
@@ -43,7 +43,7 @@ async def walk_to_the_end(jobs: Jobs) -> None:
         if not claims:
             return
         done = Done(verdict=Verdict.SUCCEEDED) if claims[0].job.state is State.RUNNING else Done()
-        await jobs.move(claims[0], decide(claims[0].job, done, datetime.now(UTC), Limits()))
+        await jobs.move(claims[0], decide(claims[0].job, done, Limits()))
 
 
 async def test_every_query_can_be_prepared(database: Database) -> None:
@@ -205,9 +205,10 @@ async def test_a_worker_that_slept_past_its_lease_changes_nothing(database: Data
     jobs, outputs = Jobs(database), Outputs(database)
     await WatchList(database).start(activity(), PLAN, "webhook")
     late = await claim_one(jobs, lease_seconds=0)
+    assert await jobs.lapse_leases(2) == 1
     now = await claim_one(jobs)
-    assert now.job.attempt == 1  # the lease that ran out counts
-    move = decide(late.job, Done(), datetime.now(UTC), Limits())
+    assert (now.job.attempt, now.job.suspicion) == (0, 1)  # the lease that ran out is kept in mind
+    move = decide(late.job, Done(), Limits())
     for write in (
         jobs.move(late, move),
         jobs.renew(late, 30),
@@ -220,7 +221,7 @@ async def test_a_worker_that_slept_past_its_lease_changes_nothing(database: Data
     found = await jobs.get(now.job.id)
     assert found is not None
     assert (found.state, found.folder_id, dict(found.progress)) == (State.QUEUED, None, {})
-    await jobs.move(now, decide(now.job, Done(), datetime.now(UTC), Limits()))
+    await jobs.move(now, decide(now.job, Done(), Limits()))
 
 
 async def test_an_agent_that_comes_back_takes_its_work_up_at_once(database: Database) -> None:
@@ -232,8 +233,9 @@ async def test_an_agent_that_comes_back_takes_its_work_up_at_once(database: Data
     await jobs.expire_leases("another host")
     assert await jobs.claim(LIVE, 1, 30, "this host") == []
     await jobs.expire_leases("this host")
+    await jobs.lapse_leases(2)
     [again] = await jobs.claim(LIVE, 1, 30, "this host")
-    assert (again.job.id, again.job.attempt) == (dead.job.id, 1)
+    assert (again.job.id, again.job.suspicion) == (dead.job.id, 1)
     assert len(await watch_list.claim(1, 30, "this host")) == 1
 
 
@@ -249,9 +251,9 @@ async def test_a_story_tells_each_move_once(database: Database) -> None:
     job, _ = await WatchList(database).start(activity(), PLAN, "webhook")
     for _ in range(3):
         claim = await claim_one(jobs)
-        await jobs.move(claim, decide(claim.job, NotYet(0, "waiting for b.csv"), datetime.now(UTC), Limits()))
+        await jobs.move(claim, decide(claim.job, NotYet(0, "waiting for b.csv"), Limits()))
     claim = await claim_one(jobs)
-    await jobs.move(claim, decide(claim.job, Done(), datetime.now(UTC), Limits()))
+    await jobs.move(claim, decide(claim.job, Done(), Limits()))
     events = await jobs.events(job.id)
     assert [(event.state, event.note) for event in events] == [
         (State.QUEUED, None),
@@ -286,24 +288,6 @@ async def test_outputs_are_recorded_once_each(database: Database) -> None:
         (Kind.OUTPUT, "a/b.csv"): done,
         (Kind.LOG, "a/b.csv"): Output(Kind.LOG, "a/b.csv"),
     }
-
-
-async def test_old_jobs_are_found_for_the_sweep(database: Database) -> None:
-    jobs = Jobs(database)
-    job, _ = await WatchList(database).start(activity(), PLAN, "webhook")
-    live, _ = await WatchList(database).start(activity("activity-2"), PLAN, "webhook")
-    later = datetime.now(UTC) + timedelta(hours=1)
-    assert await jobs.ended_before([job.id, live.id], later) == set()
-    claim = await claim_one(jobs)
-    while claim.job.state not in TERMINAL:
-        done = Done(verdict=Verdict.FAILED) if claim.job.state is State.RUNNING else Done()
-        await jobs.move(claim, decide(claim.job, done, datetime.now(UTC), Limits()))
-        found = await jobs.get(claim.job.id)
-        assert found is not None
-        if found.state in TERMINAL:
-            break
-        claim = next(each for each in await jobs.claim(LIVE, 5, 0, "tests") if each.job.id == claim.job.id)
-    assert await jobs.ended_before([job.id, live.id], later) == {claim.job.id}
 
 
 @pytest.mark.parametrize("job_id", ["", "x", "00000000-0000-0000-0000-000000000000", "'; DROP TABLE jobs --"])

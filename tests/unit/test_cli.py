@@ -30,6 +30,8 @@ JOB: dict[str, Any] = {
     "state": "failed",
     "exit_code": 3,
     "fault": {"class": "user_code", "message": HOSTILE},
+    "launch": 1,
+    "agent": {"host": "a-machine", "seen_at": "2026-01-02T03:04:05+00:00"},
     "waiting_for": None,
     "created_at": "2026-01-02T03:04:05+00:00",
 }

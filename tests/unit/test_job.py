@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
@@ -70,14 +70,14 @@ jobs = st.builds(
 
 @given(jobs, outcomes, st.floats(0, 1))
 def test_every_move_is_in_the_transition_table(job: Job, outcome: Outcome, jitter: float) -> None:
-    move = decide(job, outcome, NOW, Limits(), jitter)
+    move = decide(job, outcome, Limits(), jitter)
     assert move.state is job.state or move.state in TRANSITIONS[job.state]
-    assert move.due_at >= NOW
+    assert move.wait_seconds >= 0
 
 
 @given(jobs, outcomes)
 def test_a_verdict_and_its_cause_are_never_changed(job: Job, outcome: Outcome) -> None:
-    move = decide(job, outcome, NOW, Limits())
+    move = decide(job, outcome, Limits())
     if job.verdict is not None:
         assert move.verdict is job.verdict
     if job.fault is not None:
@@ -86,7 +86,7 @@ def test_a_verdict_and_its_cause_are_never_changed(job: Job, outcome: Outcome) -
 
 @given(jobs, st.builds(Outage, party=st.text(), reason=st.text()) | st.builds(NotYet, st.floats(0, 60), st.text()))
 def test_waiting_uses_no_attempt(job: Job, outcome: Outcome) -> None:
-    move = decide(job, outcome, NOW, Limits())
+    move = decide(job, outcome, Limits())
     assert (move.state, move.attempt) == (job.state, job.attempt)
 
 
@@ -96,7 +96,7 @@ def test_delivery_is_never_given_up(results: list[Outcome]) -> None:
     for result in results:
         if isinstance(result, Done):
             continue
-        move = decide(job, result, NOW, Limits())
+        move = decide(job, result, Limits())
         assert move.state is State.COLLECTING
         assert move.verdict is Verdict.SUCCEEDED
         job = replace(job, attempt=move.attempt)
@@ -108,7 +108,7 @@ def test_failures_are_counted_and_then_end_in_delivery(job: Job, fault: Fault) -
     job = replace(job, state=State.STAGING, attempt=0, verdict=None, fault=None)
     moves = []
     while job.state is State.STAGING:
-        move = decide(job, Failed(fault, final=False), NOW, limits)
+        move = decide(job, Failed(fault, final=False), limits)
         moves.append(move)
         job = replace(job, state=move.state, attempt=move.attempt, verdict=move.verdict, fault=move.fault)
     assert len(moves) == limits.attempts
@@ -119,21 +119,21 @@ def test_failures_are_counted_and_then_end_in_delivery(job: Job, fault: Fault) -
 def test_backoff_stays_within_its_bound(attempt: int, jitter: float) -> None:
     limits = Limits()
     job = replace(JOB, state=State.COLLECTING, attempt=attempt)
-    move = decide(job, Failed(Fault(FaultClass.PLATFORM, "x"), final=False), NOW, limits, jitter)
-    assert timedelta(0) <= move.due_at - NOW <= timedelta(seconds=limits.backoff_max_seconds)
+    move = decide(job, Failed(Fault(FaultClass.PLATFORM, "x"), final=False), limits, jitter)
+    assert 0 <= move.wait_seconds <= limits.backoff_max_seconds
 
 
 def test_a_delivery_that_was_refused_is_tried_again_seldom() -> None:
     job = replace(JOB, state=State.COLLECTING, verdict=Verdict.SUCCEEDED, attempt=3)
-    move = decide(job, Failed(Fault(FaultClass.PLATFORM, "no such bucket"), final=True), NOW, Limits(), jitter=0)
+    move = decide(job, Failed(Fault(FaultClass.PLATFORM, "no such bucket"), final=True), Limits(), jitter=0)
     assert move.state is State.COLLECTING
-    assert move.due_at - NOW == timedelta(seconds=Limits().refused_seconds)
+    assert move.wait_seconds == Limits().refused_seconds
     assert move.waiting_for == "no such bucket"
 
 
 def test_a_final_fault_before_the_run_goes_straight_to_delivery() -> None:
     for state in (State.QUEUED, State.STAGING, State.LAUNCHING):
-        move = decide(replace(JOB, state=state), Failed(Fault(FaultClass.INPUT, "gone"), final=True), NOW, Limits())
+        move = decide(replace(JOB, state=state), Failed(Fault(FaultClass.INPUT, "gone"), final=True), Limits())
         assert (move.state, move.verdict) == (State.COLLECTING, Verdict.FAILED)
 
 
@@ -142,14 +142,14 @@ def test_a_final_fault_before_the_run_goes_straight_to_delivery() -> None:
     [(Verdict.SUCCEEDED, State.SUCCEEDED), (Verdict.FAILED, State.FAILED), (Verdict.CANCELLED, State.CANCELLED)],
 )
 def test_reporting_ends_where_the_verdict_says(verdict: Verdict, state: State) -> None:
-    assert decide(replace(JOB, state=State.REPORTING, verdict=verdict), Done(), NOW, Limits()).state is state
+    assert decide(replace(JOB, state=State.REPORTING, verdict=verdict), Done(), Limits()).state is state
 
 
 def test_the_way_of_a_good_run() -> None:
     job, way = JOB, [JOB.state]
     while job.state not in TERMINAL:
         done = Done(verdict=Verdict.SUCCEEDED, exit_code=0) if job.state is State.RUNNING else Done()
-        move = decide(job, done, NOW, Limits())
+        move = decide(job, done, Limits())
         job = replace(job, state=move.state, verdict=move.verdict, exit_code=move.exit_code)
         way.append(job.state)
     assert [str(state) for state in way] == [
@@ -159,10 +159,10 @@ def test_the_way_of_a_good_run() -> None:
 
 
 def test_a_run_cancelled_before_it_began_is_still_delivered() -> None:
-    move = decide(replace(JOB, state=State.STAGING), Done(verdict=Verdict.CANCELLED), NOW, Limits())
+    move = decide(replace(JOB, state=State.STAGING), Done(verdict=Verdict.CANCELLED), Limits())
     assert (move.state, move.verdict) == (State.COLLECTING, Verdict.CANCELLED)
 
 
 def test_a_terminal_job_moves_no_further() -> None:
     with pytest.raises(ValueError, match="moves no further"):
-        decide(replace(JOB, state=State.SUCCEEDED), Done(), NOW, Limits())
+        decide(replace(JOB, state=State.SUCCEEDED), Done(), Limits())
