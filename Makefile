@@ -35,6 +35,10 @@ demo: setup  ## Do the main job here, with a stand-in for Ovation: no configurat
 test: setup-dev  ## Run all tests, on the real parts
 	@$(BIN)/python -m pytest $(ARGS)
 
+.PHONY: chaos
+chaos: setup-dev  ## Kill agents at every moment, and more than 500 times; check after each round what is promised
+	@CHAOS=long $(BIN)/python -m pytest tests/chaos tests/simulation $(ARGS)
+
 .PHONY: bench
 bench: setup-dev  ## Measure how many webhooks the agent takes and how soon it answers, a full storm of them, and what walks cost
 	@$(BIN)/python -m tests.bench.ingress $(ARGS)

@@ -11,7 +11,7 @@ import secrets
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -74,16 +74,16 @@ async def serve(settings: Settings) -> None:
         )
     stop = _stop_on_signals()
     async with _open(settings) as agent:
-        await _check(agent, settings)
-        async with _listen(agent.services, settings) as address:
-            logs.logger().info(
-                "agent_started",
-                address=address,
-                pid=os.getpid(),
-                version=__version__,
-                data_dir=str(settings.agent.data_dir),
-            )
-            await _run(agent, settings, stop)
+        if await _done_before(stop.asked, _check(agent, settings)):
+            async with _listen(agent.services, settings) as address:
+                logs.logger().info(
+                    "agent_started",
+                    address=address,
+                    pid=os.getpid(),
+                    version=__version__,
+                    data_dir=str(settings.agent.data_dir),
+                )
+                await _run(agent, settings, stop)
     logs.logger().info("agent_stopped")
 
 
@@ -125,7 +125,8 @@ async def _open(settings: Settings) -> AsyncIterator[_Agent]:
         store.on_back(partial(worker.party_back, OBJECT_STORE))
         watch_list = WatchList(database)
         evaluator = Evaluator(settings, watch_list, ovation, place, on_job=worker.wake)
-        reconciler = Reconciler(settings, Reconciliations(database), watch_list, ovation, on_due=evaluator.wake)
+        walks = Reconciliations(database)
+        reconciler = Reconciler(settings, walks, watch_list, ovation, on_due=evaluator.wake, holder=place)
         services = Services(
             settings=settings,
             database=database,
@@ -150,10 +151,24 @@ async def _check(agent: _Agent, settings: Settings) -> None:
         account = await agent.services.ovation.check()
     except OvationRefused as error:
         raise OvationRefused(f"{settings.ovation.api_url} does not accept the agent's token: {error}") from None
-    except OvationUnavailable as error:
-        logs.logger().warning("ovation_away", error=str(error))
-    else:
-        logs.logger().info("ready", runtime=runtime, ovation=account)
+    except OvationUnavailable:
+        return  # the circuit tells of it
+    logs.logger().info("ready", runtime=runtime, ovation=account)
+
+
+async def _done_before(stop: asyncio.Event, work: Coroutine[None, None, None]) -> bool:
+    """Do this; give it up and return False when the agent is to stop first."""
+    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            return False
+        working.result()
+        return True
+    finally:
+        for task in (working, stopping):
+            task.cancel()
+        await asyncio.gather(working, stopping, return_exceptions=True)
 
 
 @asynccontextmanager

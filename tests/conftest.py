@@ -82,13 +82,17 @@ async def database_url(server_url: str) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def fresh_database(server_url: str) -> AsyncIterator[str]:
-    """Make an empty database on a server, and drop it in the end."""
+    """Make an empty database on a server, and drop it in the end; meanwhile the server may be restarted."""
     name = f"test_{uuid.uuid4().hex}"
+    await _execute(server_url, f"CREATE DATABASE {name}")
+    yield with_database(server_url, name)
+    await _execute(server_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+async def _execute(server_url: str, statement: str) -> None:
     connection = await asyncpg.connect(server_url)
     try:
-        await connection.execute(f"CREATE DATABASE {name}")
-        yield with_database(server_url, name)
-        await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        await connection.execute(statement)
     finally:
         await connection.close()
 

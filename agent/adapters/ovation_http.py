@@ -237,17 +237,22 @@ class Connection:
     ) -> dict[str, Any]:
         """Call while the party is there."""
         origin = _origin(url)
+        failed: OvationUnavailable | None = None
 
         async def attempt() -> dict[str, Any]:
+            nonlocal failed
             if circuit is None:
                 return await self._send(method, url, request)
+            if failed is not None and circuit.refuses(origin):  # others have found that out meanwhile
+                failed.away = True
+                raise failed
             await circuit.turn(origin)
             try:
                 return await self._send(method, url, request)
             except OvationUnavailable as error:
                 if self._for_all:
                     circuit.asked(origin, error.retry_after_seconds)
-                error.away = circuit.refuses(origin)
+                failed = error
                 raise
 
         guard = circuit.guard(origin, functools.partial(probe, origin), for_all=self._for_all) if circuit else None

@@ -81,9 +81,11 @@ class Uploader:
         Raises:
             StorageUnavailable: the store is away.
         """
-        with suppress(StorageExpired, StorageRefused), translated(credentials):
-            async with self._store.client(credentials) as client:
-                await multipart.abort_all(client, target(credentials), upload_id)
+        with suppress(StorageExpired, StorageRefused):
+            async with self._store.while_there():
+                with translated(credentials):
+                    async with self._store.client(credentials) as client:
+                        await multipart.abort_all(client, target(credentials), upload_id)
 
     async def _upload(
         self,

@@ -27,6 +27,8 @@ _AWAY = (
     asyncpg.TooManyConnectionsError,
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.InternalClientError,  # a connection that was cut between two messages of the server's
 )
 
 
@@ -96,7 +98,11 @@ class Database:
                 timeout=timeout_seconds,
                 command_timeout=timeout_seconds,
                 init=_prepare,
-                server_settings={"application_name": "ovation-agent"},
+                # Who is suspended in the middle of a transaction must not keep its rows from everybody else.
+                server_settings={
+                    "application_name": "ovation-agent",
+                    "idle_in_transaction_session_timeout": str(int(timeout_seconds * 1000)),
+                },
             )
             try:
                 async with pool.acquire(timeout=timeout_seconds):

@@ -148,10 +148,18 @@ class Jobs:
         async with self._database.queries() as queries:
             await queries.value("expire_leases", holder=holder)
 
-    async def lapse_leases(self, suspects_from: int) -> int:
-        """Free the jobs whose lease ran out, whoever held it; return how many there were."""
+    async def lapse_leases(self, set_aside_from: int = 6, place: str = "", held: Collection[str] = ()) -> int:
+        """Free the jobs whose lease ran out, whoever had it; return how many there were.
+
+        Args:
+            set_aside_from: the suspicion with which a job is not tried again.
+            place: whose leases the caller's are.
+            held: the jobs that the caller knows to hold; it sees to their leases itself.
+        """
         async with self._database.queries() as queries:
-            count: int = await queries.value("lapse_leases", suspects_from=suspects_from)
+            count: int = await queries.value(
+                "lapse_leases", set_aside_from=set_aside_from, place=place, held=[uuid.UUID(each) for each in held]
+            )
         return count
 
     async def trust(self, claim: Claim) -> None:

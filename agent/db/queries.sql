@@ -38,14 +38,20 @@ gone AS (
 SELECT count(*) FROM gone;
 
 -- name: claim_watched
--- Take due entities to look at, longest due first, and raise each one's fence.
+-- Take due entities to look at, longest due first, and raise each one's fence. What is leased to this holder and none of
+-- what it knows to hold, it lost with its connection.
 UPDATE watched SET
     lease_token = lease_token + 1, lease_until = now() + :lease, lease_holder = :holder, unquiet_since = NULL
 WHERE entity_id IN (
     SELECT entity_id FROM watched
-    WHERE due_at <= now() AND (lease_until IS NULL OR lease_until < now())
+    WHERE due_at <= now() AND (lease_until IS NULL OR lease_until < now()
+        OR (lease_holder = :holder AND entity_id <> ALL(:held::text[])))
     ORDER BY due_at LIMIT :most FOR UPDATE SKIP LOCKED)
 RETURNING *;
+
+-- name: leave_watched!
+-- An agent stops: what it was looking at is for others to look at now.
+UPDATE watched SET lease_until = NULL WHERE lease_holder = :holder AND lease_until IS NOT NULL;
 
 -- name: judge_watched<!
 -- Close a look. A hint that came during it keeps its own due_at. What was told to be gained is settled with history.
@@ -67,11 +73,18 @@ UPDATE watched SET due_at = now(), generation = generation + 1 WHERE entity_id =
 UPDATE reconciliations SET due_at = now() WHERE due_at > now();
 
 -- name: claim_reconciliation$
--- Take an organization whose walk is due; each agent that asks while another walks gets nothing.
-INSERT INTO reconciliations AS r (organization, lease_token, lease_until) VALUES (:organization, 1, now() + :lease)
-ON CONFLICT (organization) DO UPDATE SET lease_token = r.lease_token + 1, lease_until = now() + :lease
-    WHERE r.due_at <= now() AND (r.lease_until IS NULL OR r.lease_until < now())
+-- Take an organization whose walk is due; each agent that asks while another walks gets nothing. Who asks does not walk:
+-- a lease of its own is of a walk that broke off.
+INSERT INTO reconciliations AS r (organization, lease_token, lease_until, lease_holder)
+VALUES (:organization, 1, now() + :lease, :holder)
+ON CONFLICT (organization) DO UPDATE SET
+    lease_token = r.lease_token + 1, lease_until = now() + :lease, lease_holder = :holder
+    WHERE r.due_at <= now() AND (r.lease_until IS NULL OR r.lease_until < now() OR r.lease_holder = :holder)
 RETURNING lease_token;
+
+-- name: leave_walks!
+-- An agent stops: where it walked, others may now.
+UPDATE reconciliations SET lease_until = NULL WHERE lease_holder = :holder AND lease_until IS NOT NULL;
 
 -- name: end_reconciliation!
 -- Close a walk, or give it up, and say when the next one is due.
@@ -151,8 +164,9 @@ SELECT * FROM jobs WHERE activity_id = :activity_id AND finished_at IS NULL;
 
 -- name: claim_jobs
 -- Take due jobs in these states whose files are here or nowhere yet, longest due first, and raise each one's fence.
--- From an agent that is gone, what it was to stage is taken over, and what somebody wants to end.
--- Suspects, whose work has ended the process more than once, are taken by themselves.
+-- From an agent that is gone, what it was to stage is taken over, and what somebody wants to end. One that has stopped
+-- may be on its way back: only what it was to stage is taken over at once, the rest when it stays away.
+-- Suspects, whose work has ended the process more than once, are taken by themselves, the worst first.
 UPDATE jobs SET
     lease_token = lease_token + 1, lease_until = now() + :lease, lease_holder = :place, place = :place, alone = :alone
 WHERE id IN (
@@ -160,8 +174,9 @@ WHERE id IN (
     WHERE finished_at IS NULL AND state = ANY(:states) AND due_at <= now() AND lease_until IS NULL
         AND (suspicion >= :suspects_from) = :alone
         AND (place = :place OR place IS NULL OR ((state = 'staging' OR cancel_requested) AND NOT EXISTS (
-            SELECT 1 FROM agents a WHERE a.place = jobs.place AND a.stopped_at IS NULL AND a.seen_at > now() - :gone::interval)))
-    ORDER BY due_at LIMIT :most FOR UPDATE SKIP LOCKED)
+            SELECT 1 FROM agents a WHERE a.place = jobs.place AND a.seen_at > now() - :gone::interval
+                AND (a.stopped_at IS NULL OR jobs.state <> 'staging'))))
+    ORDER BY suspicion DESC, due_at LIMIT :most FOR UPDATE SKIP LOCKED)
 RETURNING *, extract(epoch FROM now() - waiting_since)::float8 AS waiting_seconds;
 
 -- name: claim_queued
@@ -211,18 +226,26 @@ WITH jobs_expired AS (
 UPDATE watched SET lease_until = now() - interval '1 microsecond' WHERE lease_holder = :holder AND lease_until > now();
 
 -- name: lapse_leases$
--- Free the jobs whose lease ran out, fence whoever held it, and tell how many there were. Whose step it was that ended
--- the process is not known: all that it held are under suspicion, and from the second time on only those that were
--- alone. Watching a container does nothing that could end a process.
+-- Free the jobs whose lease ran out, fence whoever held it, and tell how many there were. What this agent knows to hold
+-- is not among them: it was only asleep. Whose step it was that ended the process is not known: all that it held are
+-- under suspicion, or the one on trial. Only one that nothing else was worked at beside comes to be set aside by it.
+-- Watching a container does nothing that could end a process.
 WITH lapsed AS (
-    SELECT id FROM jobs WHERE lease_until < now() AND finished_at IS NULL ORDER BY id FOR UPDATE SKIP LOCKED),
+    SELECT id, lease_holder, alone, state FROM jobs
+    WHERE lease_until < now() AND finished_at IS NULL AND NOT (lease_holder = :place AND id = ANY(:held::uuid[]))
+    ORDER BY id FOR UPDATE SKIP LOCKED),
+deaths AS (
+    SELECT lease_holder, bool_or(alone) AS on_trial, count(*) AS jobs FROM lapsed WHERE state <> 'running' GROUP BY 1),
 freed AS (
-    UPDATE jobs SET
+    UPDATE jobs j SET
         lease_until = NULL, lease_holder = NULL, lease_token = lease_token + 1, alone = false,
-        place = CASE WHEN state = 'queued' THEN NULL ELSE place END,
-        suspicion = suspicion + CASE WHEN state <> 'running' AND (suspicion < :suspects_from OR alone) THEN 1 ELSE 0 END
-    WHERE id IN (SELECT id FROM lapsed)
-    RETURNING id, state, attempt),
+        place = CASE WHEN j.state = 'queued' THEN NULL ELSE place END,
+        suspicion = suspicion + CASE
+            WHEN j.state = 'running' OR (d.on_trial AND NOT j.alone) THEN 0
+            WHEN (j.alone AND d.jobs = 1) OR suspicion < :set_aside_from - 1 THEN 1 ELSE 0 END
+    FROM lapsed l LEFT JOIN deaths d USING (lease_holder)
+    WHERE j.id = l.id
+    RETURNING j.id, j.state, attempt),
 told AS (
     INSERT INTO job_events (job_id, state, attempt, note)
     SELECT id, state, attempt, 'the agent that worked on it stopped answering' FROM freed)
@@ -252,7 +275,9 @@ WITH before AS (
     FROM jobs WHERE id = :id),
 moved AS (
     UPDATE jobs SET
-        state = :state, due_at = now() + :wait::interval, attempt = :attempt, launch = :launch, verdict = :verdict,
+        -- Whoever asked for its end while the step ran need not wait: there is nothing more to do in these states.
+        due_at = CASE WHEN cancel_requested AND :state IN ('queued', 'staging') THEN now() ELSE now() + :wait::interval END,
+        state = :state, attempt = :attempt, launch = :launch, verdict = :verdict,
         fault_class = :fault_class, fault_message = :fault_message, exit_code = :exit_code,
         native_id = :native_id, started_at = :started_at,
         lease_until = NULL, lease_holder = NULL, alone = false, suspicion = 0,
@@ -362,6 +387,7 @@ WHERE id IN (
     WHERE cancel_requested AND finished_at IS NULL AND state IN ('queued', 'staging', 'launching')
         AND due_at <= now() AND lease_until IS NULL AND suspicion < :suspects_from
         AND (place = :place OR place IS NULL OR NOT EXISTS (
-            SELECT 1 FROM agents a WHERE a.place = jobs.place AND a.stopped_at IS NULL AND a.seen_at > now() - :gone::interval))
+            SELECT 1 FROM agents a WHERE a.place = jobs.place AND a.seen_at > now() - :gone::interval
+                AND (a.stopped_at IS NULL OR jobs.state <> 'launching')))
     ORDER BY due_at LIMIT :most FOR UPDATE SKIP LOCKED)
 RETURNING *, extract(epoch FROM now() - waiting_since)::float8 AS waiting_seconds;

@@ -37,13 +37,17 @@ class Reconciliations:
         async with self._database.queries() as queries:
             await queries.value("make_reconciliation_due")
 
-    async def claim(self, organization: int, lease_seconds: float) -> Walk | None:
-        """Take an organization's walk when it is due and nobody else walks there."""
+    async def claim(self, organization: int, lease_seconds: float, holder: str | None = None) -> Walk | None:
+        """Take an organization's walk when it is due and nobody else walks there; this holder does not."""
+        lease = timedelta(seconds=lease_seconds)
         async with self._database.queries() as queries:
-            token = await queries.value(
-                "claim_reconciliation", organization=organization, lease=timedelta(seconds=lease_seconds)
-            )
+            token = await queries.value("claim_reconciliation", organization=organization, lease=lease, holder=holder)
         return None if token is None else Walk(organization, token)
+
+    async def leave(self, holder: str | None) -> None:
+        """Give up the walk of a holder that stops."""
+        async with self._database.queries() as queries:
+            await queries.value("leave_walks", holder=holder)
 
     async def note(self, walk: Walk, seen: Sequence[Seen]) -> int:
         """Keep what a walk saw; return how many Activities are due for a look because of it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -94,10 +94,18 @@ class WatchList:
             if gone < _SWEEP_AT_ONCE:
                 return swept
 
-    async def claim(self, most: int, lease_seconds: float, holder: str) -> list[Watched]:
-        """Take up to `most` entities that are due."""
+    async def claim(
+        self, most: int, lease_seconds: float, holder: str, held: Collection[str] | None = None
+    ) -> list[Watched]:
+        """Take up to `most` entities that are due.
+
+        `held` are those at which this holder is looking; another that is leased to it counts as free.
+        """
+        lease = timedelta(seconds=lease_seconds)
         async with self._database.queries() as queries:
-            rows = await queries.rows("claim_watched", most=most, lease=timedelta(seconds=lease_seconds), holder=holder)
+            rows = await queries.rows(
+                "claim_watched", most=most, lease=lease, holder=holder, held=None if held is None else list(held)
+            )
         return [
             Watched(
                 entity_id=row["entity_id"],
@@ -112,6 +120,11 @@ class WatchList:
             )
             for row in rows
         ]
+
+    async def leave(self, holder: str) -> None:
+        """Give up the looks of a holder that stops."""
+        async with self._database.queries() as queries:
+            await queries.value("leave_watched", holder=holder)
 
     async def ran(self, activity_id: str) -> list[frozenset[str]]:
         """Return what each earlier run of an Activity worked on, as ids."""

@@ -31,8 +31,9 @@ class Limits:
     backoff_seconds: float = 2.0
     backoff_max_seconds: float = 60.0
     outage_seconds: float = 4.0  # the longest first wait for a party that is away
+    trouble_max_seconds: float = 20.0  # the longest wait where the party is there, so that nobody tells of its return
     retry_after_max_seconds: float = 600.0  # a party that asks to be left alone for longer is asked all the same
-    refused_seconds: float = 600.0  # between tries of a delivery that was refused for good: only a person can help
+    refused_seconds: float = 60.0  # between tries of a delivery that was refused for good: only a person can help
     node_retries: int = 1  # how often a run that its machine lost is started again
     suspects_from: int = 2  # deaths of the process after which a job is worked at alone
     suspicion: int = 6  # deaths of the process after which a job is set aside
@@ -73,7 +74,7 @@ def decide(job: Job, outcome: Outcome, limits: Limits, jitter: float = 1.0) -> M
         case NotYet():
             return replace(_stay(job, outcome.seconds, job.attempt, outcome.reason), elsewhere=outcome.elsewhere)
         case Outage():
-            wait = max(_outage_seconds(job, limits) * jitter, min(outcome.seconds or 0, limits.retry_after_max_seconds))
+            wait = max(_outage_seconds(job, outcome, limits) * jitter, min(outcome.seconds or 0, limits.retry_after_max_seconds))
             reason = f"waiting for {outcome.party}: {outcome.reason}"
             return replace(_stay(job, wait, job.attempt, reason), waiting_party=outcome.party)
         case Failed():
@@ -97,8 +98,13 @@ def set_aside(job: Job, limits: Limits) -> SetAside | None:
     )
 
 
-def probation_seconds(job: Job, limits: Limits) -> float:
-    """Return how long a suspect is worked at alone, before others may go on beside it."""
+def probation_seconds(job: Job, limits: Limits) -> float | None:
+    """Return how long a suspect is worked at alone, before others may go on beside it.
+
+    None is to its step's end: once more would have it set aside, so it must be known whose doing that is.
+    """
+    if job.suspicion >= limits.suspicion - 1:
+        return None
     return float(limits.probation_seconds * 2 ** max(0, job.suspicion - limits.suspects_from))
 
 
@@ -126,8 +132,9 @@ def _failed(job: Job, failed: Failed, limits: Limits, jitter: float) -> Move:
     before = job.state in BEFORE_RUNNING or job.state is State.RUNNING
     if before and (failed.final or attempt >= limits.attempts):
         return _end_before_delivery(job, failed.fault)
-    wait = limits.refused_seconds if failed.final else _backoff_seconds(attempt, limits) * jitter
-    return _stay(job, wait, attempt, failed.fault.message)
+    if failed.final:  # a refused delivery: one try is like the other, and none is told again
+        return _stay(job, limits.refused_seconds, job.attempt, failed.fault.message)
+    return _stay(job, _backoff_seconds(attempt, limits) * jitter, attempt, failed.fault.message)
 
 
 def _end_before_delivery(job: Job, fault: Fault) -> Move:
@@ -193,6 +200,7 @@ def _backoff_seconds(attempt: int, limits: Limits) -> float:
     return float(min(limits.backoff_max_seconds, limits.backoff_seconds * 2 ** min(attempt - 1, 16)))
 
 
-def _outage_seconds(job: Job, limits: Limits) -> float:
+def _outage_seconds(job: Job, outage: Outage, limits: Limits) -> float:
     """Wait about as long again as it has lasted: that is exponential, and needs no count of tries."""
-    return min(limits.backoff_max_seconds, max(limits.outage_seconds, job.waiting_seconds))
+    most = limits.backoff_max_seconds if outage.is_told else limits.trouble_max_seconds
+    return min(most, max(limits.outage_seconds, job.waiting_seconds))

@@ -13,12 +13,13 @@ async def launch(context: Context, claim: Claim, control: Control) -> Outcome:
     """Start the container once; the next state watches it, also when it has ended already."""
     request = context.run_request(claim.job)
     if isinstance(await context.executor.status(request), NotStarted):
-        if control.cancelled.is_set():
-            return Done(verdict=Verdict.CANCELLED)
         try:
-            await context.executor.inspect(request.image)
+            if not control.cancelled.is_set():
+                await context.executor.inspect(request.image)
         except ImageError as error:
             return Failed(Fault(FaultClass.IMAGE, f"{claim.job.plan.image.name}: {error}"), final=True)
+        if control.cancelled.is_set():
+            return Done(verdict=Verdict.CANCELLED)
     status = await context.executor.start(request)
     native_id = getattr(status, "native_id", None)
     return Done(native_id=native_id, started_at=status.started_at)

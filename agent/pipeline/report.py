@@ -18,11 +18,11 @@ async def report(context: Context, claim: Claim, control: Control) -> Outcome:
     job, settings = claim.job, context.settings
     context.room.forget(job.id)
     failed = job.verdict not in {Verdict.SUCCEEDED, Verdict.CANCELLED}
-    if failed and settings.keep_failed_seconds > 0:
-        return Done()
     root = Path(context.layout(job).root)
     try:
-        if settings.keep_seconds > 0:
+        if failed and settings.keep_failed_seconds > 0:
+            await asyncio.to_thread(remove_tree, root / "uploads")  # credentials are for nobody who looks
+        elif settings.keep_seconds > 0:
             await asyncio.to_thread(remove_work, root)
         else:
             await asyncio.to_thread(remove_tree, root)

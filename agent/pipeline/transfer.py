@@ -83,7 +83,7 @@ class Transfers:
             return await self._arrived(replace(output, size=size), sha256)
         attempt = None
         if under_way and revision and under_way.size == size and _status(revision) is Upload.IN_PROGRESS:
-            attempt = _Try(output, revision, under_way, is_new=False, can_go_on=True)
+            attempt = _Try(replace(output, size=size), revision, under_way, is_new=False, can_go_on=True)
         else:
             await self._give_up(output, revision, under_way)
         for _ in range(_REVISIONS_MOST):

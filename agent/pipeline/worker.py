@@ -8,14 +8,14 @@ import random
 import socket
 import time
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import structlog
 
 from agent import __version__
 from agent.db.jobs import Claim, LeaseLost
 from agent.domain.decide import Limits, decide, probation_seconds, set_aside
-from agent.domain.job import Done, Lost, Move, NotYet, Outage, Outcome, SetAside, State
+from agent.domain.job import Done, Failed, Lost, Move, NotYet, Outage, Outcome, SetAside, State
 from agent.errors import DatabaseError
 from agent.logs import logger
 from agent.pipeline.context import Context, Control
@@ -58,6 +58,8 @@ class Worker:
         self._suspects = True  # there may be some: the process before this one may have been killed
         self._database_away_since: float | None = None
         self._away: dict[str, float] = {}
+        self._back = set(HAVE_CIRCUITS)  # what waits for these is to go on; they may have come back while no agent ran
+        self._back_at: dict[str, float] = {}
 
     def wake(self) -> None:
         """Look for due work now."""
@@ -71,8 +73,8 @@ class Worker:
 
     async def party_back(self, party: str) -> None:
         """Go on at once with what waits for an outside party that is back."""
-        with contextlib.suppress(DatabaseError):  # they are due within a minute anyhow
-            await self._context.jobs.wake_waiting(party)
+        self._back_at[party] = time.monotonic()
+        self._back.add(party)
         self.wake()
 
     async def run(self) -> None:
@@ -124,7 +126,10 @@ class Worker:
             self._seen_at = time.monotonic()
             self._suspects = True  # another agent may have seen the leases run out while this one was asleep
         await self._release_lost()
-        if lapsed := await jobs.lapse_leases(self._limits.suspects_from):
+        while self._back:
+            await jobs.wake_waiting(next(iter(self._back)))
+            self._back.pop()
+        if lapsed := await jobs.lapse_leases(self._limits.suspicion, self._place, self._held):
             logger().warning("leases_ran_out", jobs=lapsed)
             self._suspects = True
 
@@ -211,6 +216,8 @@ class Worker:
             except DatabaseError as error:
                 self._lost.append(claim)
                 self._database(away=error)
+            except Exception:  # noqa: BLE001 a bug: its lease runs out, so that the job is set aside if that goes on
+                logger().exception("move_failed")
             finally:
                 if trial is not None:
                     trial.cancel()
@@ -221,7 +228,10 @@ class Worker:
 
     async def _trial(self, claim: Claim, control: Control) -> None:
         """Let others go on beside a suspect that has not ended the process for a while."""
-        await asyncio.sleep(probation_seconds(claim.job, self._limits))
+        seconds = probation_seconds(claim.job, self._limits)
+        if seconds is None:
+            return
+        await asyncio.sleep(seconds)
         with contextlib.suppress(DatabaseError):
             await self._context.jobs.trust(claim)
         control.alone = False
@@ -234,12 +244,15 @@ class Worker:
             outcome = await perform(
                 self._context, claim, control, lambda error: self._database(away=error), self._lease_seconds
             )
-        move = decide(claim.job, outcome, self._limits, jitter=random.random())  # noqa: S311 no secret
+        job = replace(claim.job, cancel_requested=control.cancelled.is_set())  # somebody may have asked meanwhile
+        move = decide(job, outcome, self._limits, jitter=random.random())  # noqa: S311 no secret
         note = outcome.note if isinstance(outcome, Done) else None
         if isinstance(outcome, Lost) and move.launch > claim.job.launch:
             note = f"{outcome.fault.message} It is run again."
         progress = asdict(control.progress) if any(asdict(control.progress).values()) else None
         await within_lease(lambda: self._context.jobs.move(claim, move, note=note, done=progress))
+        if isinstance(outcome, Outage) and self._back_at.get(outcome.party, float("-inf")) > began:
+            self._back.add(outcome.party)  # it came back before this job was among those that wait
         self._tell(claim, outcome, move, time.monotonic() - began)
 
     def _tell(self, claim: Claim, outcome: Outcome, move: Move, seconds: float) -> None:
@@ -257,7 +270,7 @@ class Worker:
         }
         if isinstance(outcome, SetAside):
             logger().error("step", **line)
-        elif isinstance(outcome, Outage) and (outcome.is_told or outcome.party in self._away):
+        elif _is_told(claim, outcome, move) or (isinstance(outcome, Outage) and outcome.party in self._away):
             logger().debug("step", **line)
         else:
             logger().info("step", **line)
@@ -299,3 +312,10 @@ class Worker:
         elif away is None and self._database_away_since is not None:
             logger().info("database_back", seconds=round(time.monotonic() - self._database_away_since, 1))
             self._database_away_since = None
+
+
+def _is_told(claim: Claim, outcome: Outcome, move: Move) -> bool:
+    """Say whether the log has had this: an outage that was told, or the same trouble of the same job as before."""
+    if isinstance(outcome, Outage):
+        return outcome.is_told or claim.job.waiting_party == outcome.party
+    return isinstance(outcome, Failed) and outcome.final and claim.job.waiting_for == move.waiting_for

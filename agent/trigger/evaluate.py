@@ -18,6 +18,7 @@ from agent.settings import Settings
 
 _AT_ONCE = 8
 _LEASE_SECONDS = 60.0
+_LEAVE_SECONDS = 5.0
 _IDLE_SECONDS = 2.0
 _UPLOAD_LOOK_SECONDS = 15.0
 _OUTAGE_LOOK_MAX_SECONDS = 60.0
@@ -43,7 +44,7 @@ class Evaluator:
         self._ovation = ovation
         self._on_job = on_job
         self._wake = asyncio.Event()
-        self._looks: set[asyncio.Task[None]] = set()
+        self._looks: dict[asyncio.Task[None], str] = {}  # and at which entity
         self._ovation_is_back = True  # it may have come back while no agent ran
         ovation.on_back(self.ovation_is_back)
 
@@ -72,6 +73,9 @@ class Evaluator:
             for look in self._looks:
                 look.cancel()
             await asyncio.gather(*self._looks, return_exceptions=True)
+            with contextlib.suppress(DatabaseError, TimeoutError):
+                async with asyncio.timeout(_LEAVE_SECONDS):
+                    await self._watch_list.leave(self._holder)
 
     async def _look_around(self) -> float:
         """Begin what is due, as far as there is room, and return how long nothing more will be, in seconds."""
@@ -83,14 +87,15 @@ class Evaluator:
                 self._ovation_is_back = True
                 raise
         free = _AT_ONCE - len(self._looks)
-        for watched in await self._watch_list.claim(free, _LEASE_SECONDS, self._holder) if free else []:
+        held = self._looks.values()
+        for watched in await self._watch_list.claim(free, _LEASE_SECONDS, self._holder, held) if free else []:
             self._begin(watched)
         return await self._watch_list.seconds_to_next(_IDLE_SECONDS) if len(self._looks) < _AT_ONCE else _IDLE_SECONDS
 
     def _begin(self, watched: Watched) -> None:
         look = asyncio.create_task(self._look(watched), name=f"look at {watched.entity_id}")
-        self._looks.add(look)
-        look.add_done_callback(self._looks.discard)
+        self._looks[look] = watched.entity_id
+        look.add_done_callback(self._looks.pop)
         look.add_done_callback(lambda _: self.wake())
 
     async def _look(self, watched: Watched) -> None:
@@ -104,7 +109,7 @@ class Evaluator:
         except OvationError as error:
             await self._later(watched, str(error), None)
         except DatabaseError:
-            return  # the lease runs out and it is looked at again
+            return  # it is claimed again, as what this agent no longer holds
         except Exception:  # noqa: BLE001 a bug: loud in the log, and the other Activities go on
             logger().exception("look_failed", entity_id=watched.entity_id)
             await self._later(watched, "the agent failed while it looked at this", _OUTAGE_LOOK_MAX_SECONDS)

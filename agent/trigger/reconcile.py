@@ -24,6 +24,7 @@ from agent.settings import Settings
 _LEASE_SECONDS = 120.0
 _BATCH = 1000
 _RETRY_SECONDS = 30.0
+_LEAVE_SECONDS = 5.0
 
 
 class Reconciler:
@@ -36,11 +37,13 @@ class Reconciler:
         watch_list: WatchList,
         ovation: Ovation,
         on_due: Callable[[], None] = lambda: None,
+        holder: str | None = None,
     ) -> None:
         self._settings = settings
         self._reconciliations = reconciliations
         self._watch_list = watch_list
         self._ovation = ovation
+        self._holder = holder
         self._on_due = on_due
         self._wake = asyncio.Event()
         ovation.on_back(self.ovation_is_back)
@@ -54,17 +57,22 @@ class Reconciler:
         every = self._settings.agent.reconcile_seconds
         with contextlib.suppress(DatabaseError):
             await self._reconciliations.make_due()
-        while True:
-            self._wake.clear()
-            for organization in self._settings.ovation.organizations:
-                with contextlib.suppress(DatabaseError):  # the worker tells of it, once
-                    if not self._ovation.away and (
-                        walk := await self._reconciliations.claim(organization, _LEASE_SECONDS)
-                    ):
-                        await self._walk(walk)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(every, _RETRY_SECONDS)):
-                    await self._wake.wait()
+        try:
+            while True:
+                self._wake.clear()
+                for organization in self._settings.ovation.organizations:
+                    with contextlib.suppress(DatabaseError):  # the worker tells of it, once
+                        if not self._ovation.away and (
+                            walk := await self._reconciliations.claim(organization, _LEASE_SECONDS, self._holder)
+                        ):
+                            await self._walk(walk)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(every, _RETRY_SECONDS)):
+                        await self._wake.wait()
+        finally:
+            with contextlib.suppress(DatabaseError, TimeoutError):
+                async with asyncio.timeout(_LEAVE_SECONDS):
+                    await self._reconciliations.leave(self._holder)
 
     async def _walk(self, walk: Walk) -> None:
         began = time.monotonic()

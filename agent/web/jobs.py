@@ -139,7 +139,7 @@ async def read_log(request: web.Request) -> web.StreamResponse:
     follow = request.query.get("follow", "0")
     if follow not in {"0", "1"}:
         raise failure(400, "follow is neither 0 nor 1")
-    path = Path(Layout(services.data_dir, job.id).log(request.match_info["stream"]))
+    path = Path(Layout(services.data_dir, job.id).log(request.match_info["stream"], job.launch))
     live = job.state in _LOG_FOLLOWED_STATES
     following = follow == "1"
     if not (following and live) and not await asyncio.to_thread(path.exists):

@@ -169,7 +169,7 @@ async def test_serve_without_any_token(sandbox: Sandbox, tmp_path: Path) -> None
 async def test_serve_starts_while_ovation_is_away(sandbox: Sandbox, tmp_path: Path) -> None:
     away = {**sandbox.environment(), "OVATION_API_URL": f"http://127.0.0.1:{free_port()}"}
     async with running_agent(away, tmp_path) as agent:
-        (warning,) = agent.events("ovation_away")
+        (warning,) = agent.events("party_away")
         assert warning["level"] == "warning"
         assert await agent.call("GET", "/readyz") == (200, {"status": "ready"})
 
@@ -177,7 +177,7 @@ async def test_serve_starts_while_ovation_is_away(sandbox: Sandbox, tmp_path: Pa
 async def test_serve_starts_while_ovation_is_broken(sandbox: Sandbox, tmp_path: Path) -> None:
     sandbox.faults.add(FaultKind.STATUS, target="api", status=503)
     async with running_agent(sandbox.environment(), tmp_path) as agent:
-        assert len(agent.events("ovation_away")) == 1
+        assert len(agent.events("party_away")) == 1
 
 
 async def test_serve_without_apptainer(sandbox: Sandbox, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ async def test_a_name_of_255_bytes(sandbox: Sandbox, folder: Path) -> None:
         ({"kind": "corrupt", "after_bytes": 1000}, StorageMismatch, "have MD5"),
         ({"kind": "close", "after_bytes": 1000}, StorageUnavailable, "broke off"),
         ({"kind": "reset", "after_bytes": 1000}, StorageUnavailable, "broke off"),
-        ({"kind": "expired_url"}, StorageMismatch, "answers 403"),
+        ({"kind": "expired_url"}, StorageUnavailable, "address had expired"),
         ({"kind": "status", "status": 404}, StorageRefused, "not there"),
         ({"kind": "status", "status": 416}, StorageRefused, "answers 416"),
         ({"kind": "status", "status": 301}, StorageRefused, "answers 301"),

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
+from agent.adapters.circuit import retry_after_seconds
 from agent.adapters.ovation import Download, Ovation
-from agent.adapters.ovation_http import retry_after_seconds
 from agent.domain.activity import Upload
 from agent.errors import (
     OvationError,

@@ -199,3 +199,29 @@ async def test_a_webhook_is_not_taken_for_a_walk(database: Database) -> None:
 async def test_the_agent_knows_when_it_was_installed(database: Database) -> None:
     at = await WatchList(database).installed_at()
     assert timedelta(0) <= datetime.now(UTC) - at < timedelta(minutes=5)
+
+
+async def test_a_walk_that_broke_off_is_begun_again_by_who_walked(database: Database) -> None:
+    reconciliations = Reconciliations(database)
+    walk = await reconciliations.claim(0, 30, "here")
+    assert walk is not None
+    assert await reconciliations.claim(0, 30, "there") is None
+    again = await reconciliations.claim(0, 30, "here")  # the process before it was killed, or its connection was cut
+    assert again is not None
+    await reconciliations.end(walk, 3600, 1, 1)  # which the fence keeps out
+    assert await reconciliations.claim(0, 30, "there") is None
+    await reconciliations.leave("here")
+    assert await reconciliations.claim(0, 30, "there") is not None
+
+
+async def test_a_look_that_was_lost_with_a_connection_is_begun_again(database: Database) -> None:
+    watch_list = WatchList(database)
+    await watch_list.hint([Hint(f"activity-{number}", "Activity", 0) for number in range(3)], settle_seconds=0)
+    [kept, lost] = await watch_list.claim(2, 30, "here")
+    assert len(await watch_list.claim(5, 30, "there", [])) == 1
+    assert await watch_list.claim(5, 30, "here", [kept.entity_id, lost.entity_id]) == []
+    [again] = await watch_list.claim(5, 30, "here", [kept.entity_id])
+    assert (again.entity_id, again.token) == (lost.entity_id, lost.token + 1)
+    await watch_list.leave("here")
+    left = {each.entity_id for each in await watch_list.claim(5, 30, "there", [])}
+    assert {kept.entity_id, lost.entity_id} <= left

@@ -6,10 +6,10 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from agent.domain.decide import Limits, decide
+from agent.domain.decide import Limits, decide, probation_seconds, set_aside
 from agent.domain.job import (
     TERMINAL,
     TRANSITIONS,
@@ -18,11 +18,14 @@ from agent.domain.job import (
     Fault,
     FaultClass,
     Job,
+    Lost,
+    Move,
     NotYet,
     Outage,
     Outcome,
     Plan,
     PlannedFile,
+    SetAside,
     State,
     Verdict,
 )
@@ -55,33 +58,81 @@ outcomes: st.SearchStrategy[Outcome] = st.one_of(
         native_id=st.none() | st.text(min_size=1),
     ),
     st.builds(NotYet, seconds=st.floats(0, 3600), reason=st.text()),
-    st.builds(Outage, party=st.text(), reason=st.text()),
+    st.builds(Outage, party=st.text(), reason=st.text(), seconds=st.none() | st.floats(0, 1e6)),
     st.builds(Failed, fault=faults, final=st.booleans()),
+    st.builds(Lost, fault=faults),
+    st.builds(SetAside, fault=faults),
 )
 live_states = st.sampled_from(sorted(set(State) - TERMINAL))
 jobs = st.builds(
-    lambda state, attempt, verdict, fault: replace(JOB, state=state, attempt=attempt, verdict=verdict, fault=fault),
-    live_states,
-    st.integers(0, 20),
-    st.none() | verdicts,
-    st.none() | faults,
+    lambda **known: replace(JOB, **known),
+    state=live_states,
+    attempt=st.integers(0, 20),
+    launch=st.integers(1, 3),
+    verdict=st.none() | verdicts,
+    fault=st.none() | faults,
+    native_id=st.none() | st.just("1234"),
+    waiting_seconds=st.floats(0, 1e7),
+    suspicion=st.integers(0, 9),
+    cancel_requested=st.booleans(),
 )
+limits_of = st.builds(Limits, attempts=st.integers(1, 9), node_retries=st.integers(0, 3))
 
 
-@given(jobs, outcomes, st.floats(0, 1))
-def test_every_move_is_in_the_transition_table(job: Job, outcome: Outcome, jitter: float) -> None:
-    move = decide(job, outcome, Limits(), jitter)
+def after(job: Job, move: Move) -> Job:
+    """Return the job as the database has it once it has moved."""
+    return replace(
+        job,
+        state=move.state,
+        attempt=move.attempt,
+        launch=move.launch,
+        verdict=move.verdict,
+        fault=move.fault,
+        exit_code=move.exit_code,
+        native_id=move.native_id,
+        started_at=move.started_at,
+        waiting_for=move.waiting_for,
+        suspicion=0,
+    )
+
+
+@given(jobs, outcomes, limits_of, st.floats(0, 1))
+def test_every_move_is_in_the_transition_table(job: Job, outcome: Outcome, limits: Limits, jitter: float) -> None:
+    assume(job.state is State.RUNNING or not isinstance(outcome, Lost))  # only who watches a run can lose it
+    move = decide(job, outcome, limits, jitter)
     assert move.state is job.state or move.state in TRANSITIONS[job.state]
     assert move.wait_seconds >= 0
+    assert move.launch >= job.launch
 
 
-@given(jobs, outcomes)
-def test_a_verdict_and_its_cause_are_never_changed(job: Job, outcome: Outcome) -> None:
-    move = decide(job, outcome, Limits())
-    if job.verdict is not None:
+@given(jobs, outcomes, limits_of)
+def test_a_verdict_and_its_cause_are_never_changed(job: Job, outcome: Outcome, limits: Limits) -> None:
+    move = decide(job, outcome, limits)
+    undelivered = isinstance(outcome, SetAside) and job.state is State.COLLECTING
+    if undelivered and job.verdict is Verdict.SUCCEEDED:  # the one exception: its outputs do not come
+        assert move.verdict is Verdict.FAILED
+    elif job.verdict is not None:
         assert move.verdict is job.verdict
     if job.fault is not None:
         assert move.fault == job.fault
+
+
+@given(jobs, outcomes, limits_of)
+def test_whoever_ends_has_ended_as_its_verdict_says(job: Job, outcome: Outcome, limits: Limits) -> None:
+    move = decide(job, outcome, limits)
+    if move.state in TERMINAL:
+        assert str(move.state) == (move.verdict or Verdict.FAILED)
+
+
+@given(st.lists(outcomes, max_size=60), limits_of)
+def test_every_way_leads_to_one_end_once_the_work_can_be_done(way: list[Outcome], limits: Limits) -> None:
+    job = JOB
+    for outcome in [*way, *[Done(verdict=Verdict.SUCCEEDED)] * 6]:
+        if job.state in TERMINAL:
+            break
+        job = after(job, decide(job, outcome, limits))
+    assert job.state in TERMINAL
+    assert job.launch <= limits.node_retries + 1
 
 
 @given(jobs, st.builds(Outage, party=st.text(), reason=st.text()) | st.builds(NotYet, st.floats(0, 60), st.text()))
@@ -94,7 +145,7 @@ def test_waiting_uses_no_attempt(job: Job, outcome: Outcome) -> None:
 def test_delivery_is_never_given_up(results: list[Outcome]) -> None:
     job = replace(JOB, state=State.COLLECTING, verdict=Verdict.SUCCEEDED)
     for result in results:
-        if isinstance(result, Done):
+        if isinstance(result, Done | Lost | SetAside):
             continue
         move = decide(job, result, Limits())
         assert move.state is State.COLLECTING
@@ -166,3 +217,78 @@ def test_a_run_cancelled_before_it_began_is_still_delivered() -> None:
 def test_a_terminal_job_moves_no_further() -> None:
     with pytest.raises(ValueError, match="moves no further"):
         decide(replace(JOB, state=State.SUCCEEDED), Done(), Limits())
+
+
+@given(st.integers(0, 3), st.integers(1, 4))
+def test_a_lost_run_is_started_again_so_often_and_then_ends(retries: int, launch: int) -> None:
+    fault = Fault(FaultClass.NODE, "the machine restarted")
+    job = replace(JOB, state=State.RUNNING, launch=launch, native_id="1234", started_at=NOW)
+    move = decide(job, Lost(fault), Limits(node_retries=retries))
+    if launch <= retries:
+        assert (move.state, move.launch, move.attempt) == (State.STAGING, launch + 1, 0)
+        assert (move.verdict, move.fault, move.native_id, move.started_at) == (None, None, None, None)
+    else:
+        assert (move.state, move.launch) == (State.COLLECTING, launch)
+        assert (move.verdict, move.fault) == (Verdict.FAILED, fault)
+
+
+def test_a_lost_run_whose_end_was_asked_for_is_cancelled() -> None:
+    job = replace(JOB, state=State.RUNNING, cancel_requested=True, started_at=NOW)
+    move = decide(job, Lost(Fault(FaultClass.NODE, "the machine restarted")), Limits())
+    assert (move.state, move.verdict, move.fault, move.launch) == (State.COLLECTING, Verdict.CANCELLED, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("state", "verdict", "to", "becomes"),
+    [
+        (State.QUEUED, None, State.COLLECTING, Verdict.FAILED),
+        (State.STAGING, None, State.COLLECTING, Verdict.FAILED),
+        (State.LAUNCHING, None, State.COLLECTING, Verdict.FAILED),
+        (State.COLLECTING, Verdict.SUCCEEDED, State.REPORTING, Verdict.FAILED),
+        (State.COLLECTING, Verdict.FAILED, State.REPORTING, Verdict.FAILED),
+        (State.COLLECTING, Verdict.CANCELLED, State.REPORTING, Verdict.CANCELLED),
+        (State.REPORTING, Verdict.SUCCEEDED, State.SUCCEEDED, Verdict.SUCCEEDED),
+        (State.REPORTING, Verdict.CANCELLED, State.CANCELLED, Verdict.CANCELLED),
+    ],
+)
+def test_what_is_set_aside_goes_past_the_work_that_kills(
+    state: State, verdict: Verdict | None, to: State, becomes: Verdict
+) -> None:
+    job = replace(JOB, state=state, verdict=verdict, suspicion=Limits().suspicion)
+    aside = set_aside(job, Limits())
+    assert aside is not None
+    assert aside.fault.cls is FaultClass.AGENT
+    move = decide(job, aside, Limits())
+    assert (move.state, move.verdict, move.wait_seconds) == (to, becomes, 0)
+
+
+@given(st.integers(0, 20), st.integers(0, 20))
+def test_suspicion_grows_before_anything_is_set_aside(suspicion: int, more: int) -> None:
+    limits = Limits()
+    job, worse = replace(JOB, suspicion=suspicion), replace(JOB, suspicion=suspicion + more)
+    assert (set_aside(job, limits) is None) == (suspicion < limits.suspicion)
+    trial, longer = probation_seconds(job, limits), probation_seconds(worse, limits)
+    assert (trial is None) == (suspicion >= limits.suspicion - 1)  # its last try is alone, however long it takes
+    assert longer is None or (trial is not None and trial <= longer)
+    assert limits.suspects_from < limits.suspicion
+
+
+@given(jobs, st.none() | st.floats(0, 1e6), st.floats(0, 1), st.booleans())
+def test_an_outage_is_waited_out_for_longer_the_longer_it_lasts(
+    job: Job, asked_seconds: float | None, jitter: float, is_told: bool
+) -> None:
+    limits = Limits()
+    move = decide(job, Outage("Ovation", "503", asked_seconds, is_told), limits, jitter)
+    assert (move.state, move.attempt, move.waiting_party) == (job.state, job.attempt, "Ovation")
+    asked = min(asked_seconds or 0, limits.retry_after_max_seconds)
+    assert asked <= move.wait_seconds <= max(asked, limits.backoff_max_seconds)
+    longest = decide(job, Outage("Ovation", "503", is_told=is_told), limits, jitter=1).wait_seconds
+    most = limits.backoff_max_seconds if is_told else limits.trouble_max_seconds  # told: its return is told too
+    assert longest == min(most, max(limits.outage_seconds, job.waiting_seconds))
+
+
+def test_only_what_may_go_elsewhere_goes_there() -> None:
+    job = replace(JOB, state=State.STAGING)
+    assert decide(job, NotYet(30, "no room", elsewhere=True), Limits()).elsewhere
+    for outcome in (NotYet(30, "no room"), Outage("Ovation", "503"), Done()):
+        assert not decide(job, outcome, Limits()).elsewhere

@@ -16,6 +16,9 @@ CREATE TABLE agents (
     stopped_at timestamptz
 );
 
+-- Whose walk it is: a process that comes after another on its data directory need not wait for that one's lease.
+ALTER TABLE reconciliations ADD COLUMN lease_holder text;
+
 -- The next of each Project, without reading the whole queue.
 CREATE INDEX jobs_queue ON jobs (project_id, due_at) WHERE state = 'queued';
 CREATE INDEX jobs_leased ON jobs (lease_until) WHERE lease_until IS NOT NULL;
