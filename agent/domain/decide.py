@@ -74,7 +74,10 @@ def decide(job: Job, outcome: Outcome, limits: Limits, jitter: float = 1.0) -> M
         case NotYet():
             return replace(_stay(job, outcome.seconds, job.attempt, outcome.reason), elsewhere=outcome.elsewhere)
         case Outage():
-            wait = max(_outage_seconds(job, outcome, limits) * jitter, min(outcome.seconds or 0, limits.retry_after_max_seconds))
+            wait = max(
+                _outage_seconds(job, outcome, limits) * jitter,
+                min(outcome.seconds or 0, limits.retry_after_max_seconds),
+            )
             reason = f"waiting for {outcome.party}: {outcome.reason}"
             return replace(_stay(job, wait, job.attempt, reason), waiting_party=outcome.party)
         case Failed():

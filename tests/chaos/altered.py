@@ -1,0 +1,64 @@
+"""What an agent of a test has otherwise than the product, named by its environment; without these, nothing.
+
+CHAOS_POISON          a file name: whoever opens a file that is called so is killed
+CHAOS_LEASE_SECONDS   how long a job stays an agent's after it was last heard of
+CHAOS_GONE_SECONDS    after how long an agent that was not seen is taken for gone
+CHAOS_ROOM_SECONDS    after how long a job that waits for room on the disk looks again
+CHAOS_SITE            a Python file that is run first, as `sitecustomize` would be
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+
+def install(environment: Mapping[str, str]) -> None:
+    """Make this process so, from now on."""
+    if site := environment.get("CHAOS_SITE"):
+        runpy.run_path(site)
+    if name := environment.get("CHAOS_POISON"):
+        _poison(name)
+    if seconds := environment.get("CHAOS_LEASE_SECONDS"):
+        _lease(float(seconds))
+    if seconds := environment.get("CHAOS_GONE_SECONDS"):
+        _gone(float(seconds))
+    if seconds := environment.get("CHAOS_ROOM_SECONDS"):
+        from agent.pipeline import stage
+
+        stage._ROOM_WAIT_SECONDS = float(seconds)
+
+
+def _poison(name: str) -> None:
+    opened = os.open
+
+    def wrapper(path: Any, *rest: Any, **named: Any) -> int:
+        if isinstance(path, str | os.PathLike) and Path(os.fspath(path)).name == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return opened(path, *rest, **named)
+
+    os.open = wrapper
+    os.supports_dir_fd.add(wrapper)
+
+
+def _lease(seconds: float) -> None:
+    from agent.pipeline import perform, worker
+
+    defaults = worker.Worker.__init__.__kwdefaults__
+    assert defaults is not None
+    assert defaults["lease_seconds"] == perform.LEASE_SECONDS
+    defaults["lease_seconds"] = seconds
+    perform.within_lease.__defaults__ = (seconds * 2 / 3,)
+
+
+def _gone(seconds: float) -> None:
+    from agent.db import jobs
+    from agent.pipeline import worker
+
+    worker._SEEN_SECONDS *= seconds / jobs.AGENT_GONE.total_seconds()
+    jobs.AGENT_GONE = timedelta(seconds=seconds)

@@ -1,0 +1,125 @@
+"""Bugs that are planted in the agent, to see that the simulation finds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+from agent.adapters import download
+from agent.db.database import Queries
+from agent.db.jobs import Claim, Jobs
+from agent.domain import decide
+from agent.domain.job import Done, Failed, Fault, FaultClass, Job, Move, Outage, Outcome, State
+from agent.pipeline import perform, worker
+from agent.pipeline.context import Context
+from agent.pipeline.folders import Folders
+from agent.pipeline.transfer import Transfers
+
+
+@dataclass(frozen=True, slots=True)
+class Plant:
+    """A bug; `sign` is in what the check says when it meets it."""
+
+    name: str
+    sign: str
+    needs: frozenset[str]  # kinds of trouble without which nothing shows it
+    planted: Callable[[], AbstractContextManager[Any]]
+
+
+def _delivers_without_looking() -> AbstractContextManager[Any]:
+    begin = Folders.__init__
+
+    def blind(self: Folders, *what: Any, is_repeated: bool) -> None:
+        del is_repeated
+        begin(self, *what, is_repeated=False)
+
+    return mock.patch.object(Folders, "__init__", blind)
+
+
+def _believes_downloads() -> AbstractContextManager[Any]:
+    return mock.patch.object(download, "_verify")
+
+
+def _counts_outages() -> AbstractContextManager[Any]:
+    def counting(job: Job, outcome: Outcome, *limits: Any, **more: Any) -> Move:
+        if isinstance(outcome, Outage):
+            outcome = Failed(Fault(FaultClass.PLATFORM, outcome.reason), final=False)
+        return decide.decide(job, outcome, *limits, **more)
+
+    return mock.patch.object(worker, "decide", counting)
+
+
+def _starts_again_after_a_failure() -> AbstractContextManager[Any]:
+    request = Context.run_request
+
+    def another(self: Context, job: Job) -> Any:
+        found = request(self, job)
+        return replace(
+            found,
+            directory=found.directory.with_name(f"{found.directory.name}-{job.suspicion + int(job.waiting_seconds)}"),
+        )
+
+    return mock.patch.object(Context, "run_request", another)
+
+
+def _takes_short_leases() -> AbstractContextManager[Any]:
+    claim = Jobs.claim
+
+    async def hasty(self: Jobs, states: Any, most: int, lease_seconds: float, place: str, **more: Any) -> list[Claim]:
+        del lease_seconds
+        return await claim(self, states, most, 1.0, place, **more)
+
+    return mock.patch.object(Jobs, "claim", hasty)
+
+
+def _leaves_revisions_waiting() -> AbstractContextManager[Any]:
+    async def idle(*_: Any) -> None:
+        return None
+
+    return mock.patch.object(Transfers, "_fail_strays", idle)
+
+
+def _leaves_files_behind() -> AbstractContextManager[Any]:
+    async def lazy(*_: Any) -> Outcome:
+        return Done()
+
+    return mock.patch.dict(perform.STEPS, {State.REPORTING: lazy})
+
+
+def _forgets_what_changed_during_a_run() -> AbstractContextManager[Any]:
+    value = Queries.value
+
+    async def forgetful(self: Queries, name: str, **values: object) -> Any:
+        return None if name == "look_again" else await value(self, name, **values)
+
+    return mock.patch.object(Queries, "value", forgetful)
+
+
+PLANTS = (
+    Plant(
+        "a delivery that does not look",
+        " times",
+        frozenset({"deaths at a request", "flaky Ovation"}),
+        _delivers_without_looking,
+    ),
+    Plant(
+        "Revisions that wait for ever",
+        "its upload is still going on",
+        frozenset({"deaths at a request"}),
+        _leaves_revisions_waiting,
+    ),
+    Plant("downloads that are believed", ", expected b", frozenset({"spoilt downloads"}), _believes_downloads),
+    Plant("outages that are counted", "'platform'", frozenset({"store outage"}), _counts_outages),
+    Plant(
+        "a container that is started again",
+        "started 2 times",
+        frozenset({"deaths at a request"}),
+        _starts_again_after_a_failure,
+    ),
+    Plant("leases that are too short", "", frozenset(), _takes_short_leases),
+    Plant("files that stay", "left on agent", frozenset(), _leaves_files_behind),
+    Plant("changes that are forgotten", "ready for a run", frozenset({"changes"}), _forgets_what_changed_during_a_run),
+)
