@@ -15,6 +15,8 @@ from agent.errors import DatabaseError
 
 # An agent that was not seen for so long is taken for gone: others take over what it was to stage.
 AGENT_GONE = timedelta(seconds=60)
+# For so long, its machine is: what a person cancels there is ended by the others, without the files that are there.
+MACHINE_LOST = timedelta(minutes=15)
 
 
 class LeaseLost(DatabaseError):
@@ -104,6 +106,7 @@ class Jobs:
                 alone=alone,
                 suspects_from=suspects_from,
                 gone=AGENT_GONE,
+                lost=MACHINE_LOST,
             )
         return [Claim(job_from(row), row["lease_token"]) for row in rows]
 
@@ -134,6 +137,7 @@ class Jobs:
                 place=place,
                 suspects_from=suspects_from,
                 gone=AGENT_GONE,
+                lost=MACHINE_LOST,
             )
         return [Claim(job_from(row), row["lease_token"]) for row in rows]
 

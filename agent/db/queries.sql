@@ -174,8 +174,9 @@ WHERE id IN (
     WHERE finished_at IS NULL AND state = ANY(:states) AND due_at <= now() AND lease_until IS NULL
         AND (suspicion >= :suspects_from) = :alone
         AND (place = :place OR place IS NULL OR ((state = 'staging' OR cancel_requested) AND NOT EXISTS (
-            SELECT 1 FROM agents a WHERE a.place = jobs.place AND a.seen_at > now() - :gone::interval
-                AND (a.stopped_at IS NULL OR jobs.state <> 'staging'))))
+            SELECT 1 FROM agents a WHERE a.place = jobs.place
+                AND a.seen_at > now() - CASE WHEN state = 'staging' THEN :gone::interval ELSE :lost::interval END
+                AND (a.stopped_at IS NULL OR state <> 'staging'))))
     ORDER BY suspicion DESC, due_at LIMIT :most FOR UPDATE SKIP LOCKED)
 RETURNING *, extract(epoch FROM now() - waiting_since)::float8 AS waiting_seconds;
 
@@ -268,8 +269,8 @@ UPDATE jobs SET
 WHERE id = :id AND lease_token = :lease_token AND lease_until IS NOT NULL;
 
 -- name: move_job$
--- The one fenced move, told in job_events when anything but the time changed, or the figures after a comma in what it
--- waits for. Nothing: the lease is another's now.
+-- The one fenced move, told in job_events when anything but the time changed. Nothing: the lease is another's now.
+-- Figures after a comma in what it waits for are like the time.
 WITH before AS (
     SELECT id, state, attempt, launch, coalesce(waiting_party, split_part(waiting_for, ',', 1)) AS waits
     FROM jobs WHERE id = :id),
@@ -387,7 +388,8 @@ WHERE id IN (
     WHERE cancel_requested AND finished_at IS NULL AND state IN ('queued', 'staging', 'launching')
         AND due_at <= now() AND lease_until IS NULL AND suspicion < :suspects_from
         AND (place = :place OR place IS NULL OR NOT EXISTS (
-            SELECT 1 FROM agents a WHERE a.place = jobs.place AND a.seen_at > now() - :gone::interval
-                AND (a.stopped_at IS NULL OR jobs.state <> 'launching')))
+            SELECT 1 FROM agents a WHERE a.place = jobs.place
+                AND a.seen_at > now() - CASE WHEN state = 'launching' THEN :lost::interval ELSE :gone::interval END
+                AND (a.stopped_at IS NULL OR state = 'launching')))
     ORDER BY due_at LIMIT :most FOR UPDATE SKIP LOCKED)
 RETURNING *, extract(epoch FROM now() - waiting_since)::float8 AS waiting_seconds;

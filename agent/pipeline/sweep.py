@@ -140,7 +140,7 @@ class Sweeper:
             case Fate.GOES:
                 await asyncio.to_thread(remove_tree, root)
                 return "ended runs"
-            case Fate.UNOWNED if await self._is_abandoned(name):
+            case Fate.UNOWNED if await self._is_abandoned(name, job):
                 await asyncio.to_thread(remove_tree, root)
                 return "directories that no job owns"
         return None
@@ -152,8 +152,11 @@ class Sweeper:
             self._complain(name, error)
             return False
 
-    async def _is_abandoned(self, name: str) -> bool:
-        """Return whether nobody has touched a directory for long enough, nothing runs there, and no job has it now."""
+    async def _is_abandoned(self, name: str, job: OnDisk | None) -> bool:
+        """Return whether nobody has touched a directory for long enough, nothing runs there, and no job has it now.
+
+        What runs there for a job that went on elsewhere runs for nobody, and is ended.
+        """
         if await asyncio.to_thread(_idle_seconds, self._folder / name) < self._keep_failed:
             return False
         layout = Layout(self._folder.parent, name)
@@ -167,9 +170,11 @@ class Sweeper:
                 time_limit_seconds=self._context.settings.time_limit_seconds,
             )
             if isinstance(await self._context.executor.status(request), Running):
+                if job is not None:
+                    await self._context.executor.cancel(request)
                 return False
-        job = (await self._context.jobs.on_disk([name])).get(name)  # a job may have come here in the meantime
-        return fate(job, self._place, self._keep, self._keep_failed) is Fate.UNOWNED
+        now = (await self._context.jobs.on_disk([name])).get(name)  # a job may have come here in the meantime
+        return fate(now, self._place, self._keep, self._keep_failed) is Fate.UNOWNED
 
     async def _names(self) -> list[str]:
         try:
