@@ -15,6 +15,7 @@ import pytest
 import structlog
 
 from agent.adapters.disk import Room, Space
+from agent.adapters.executor import Ended, Ending, Running, RunRequest, Status
 from agent.adapters.files import remove_tree
 from agent.adapters.local import LocalExecutor
 from agent.db.jobs import Claim, OnDisk
@@ -229,6 +230,31 @@ async def test_what_was_not_touched_for_long_is_not_gone_at_first_sight(tmp_path
         os.utime(path, (0, 0))
     await sweeper.sweep()
     assert world.kept() == set()
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_what_runs_for_a_job_that_went_on_elsewhere_is_ended(tmp_path: Path, is_known: bool) -> None:
+    """A machine that came back after its jobs were ended elsewhere; of jobs of another database nothing is touched."""
+    world = World(tmp_path, keep_failed_seconds=0)
+    job_id = world.ended(1000, place=THERE)
+    if not is_known:
+        world.table.jobs.clear()
+    ended: list[str] = []
+
+    class Busy(LocalExecutor):
+        async def status(self, request: RunRequest) -> Status:
+            del request
+            return Ended(Ending.CANCELLED, 143, None, None, None) if ended else Running("1", datetime.now(UTC))
+
+        async def cancel(self, request: RunRequest) -> None:
+            ended.append(request.name)
+
+    sweeper = Sweeper(replace(world.context, executor=Busy()), HERE)
+    await sweeper.sweep()
+    assert ended == ([f"ovation-{job_id}-1"] if is_known else [])
+    assert world.kept() == {job_id}
+    await sweeper.sweep()
+    assert world.kept() == (set() if is_known else {job_id})
 
 
 @pytest.mark.parametrize("verdict", [*Verdict, None])
