@@ -87,10 +87,11 @@ async def serve(settings: Settings) -> None:
     logs.logger().info("agent_stopped")
 
 
-def executor_for(settings: Settings) -> Executor:
-    """Return the executor that the settings name."""
+def executor_for(settings: Settings, data_dir: Path | None = None) -> Executor:
+    """Return the executor that the settings name; with a data directory, for the agent that holds it."""
     uid, _, gid = settings.agent.container_user.partition(":")
-    return LocalExecutor(LocalSettings(container_user=User(int(uid), int(gid))))
+    temporary = None if data_dir is None else data_dir / "checks"
+    return LocalExecutor(LocalSettings(container_user=User(int(uid), int(gid)), temporary=temporary))
 
 
 @asynccontextmanager
@@ -115,7 +116,7 @@ async def _open(settings: Settings) -> AsyncIterator[_Agent]:
             ovation=ovation,
             downloader=downloader,
             uploader=Uploader(settings.aws, circuit=store),
-            executor=executor_for(settings),
+            executor=executor_for(settings, data_dir),
             room=Room(data_dir / "jobs", settings.agent.min_free_bytes),
         )
         place = _place(data_dir)  # nobody else's: the data directory is locked

@@ -84,19 +84,19 @@ def check_user() -> None:
         )
 
 
-async def version(program: Path) -> str:
-    """Return what the program calls itself, for instance `apptainer version 1.4.5`.
+async def version(program: Path, temporary: Path | None = None) -> str:
+    """Return what the program calls itself, for instance `apptainer version 1.4.5`; see `ask` for `temporary`.
 
     Raises:
         ExecutorUnavailable: it does not start.
     """
-    answer = await ask(program, ["--version"])
+    answer = await ask(program, ["--version"], temporary=temporary)
     if answer.exit_code != 0:
         raise ExecutorUnavailable(f"{program} does not work: {answer.complaint}")
     return answer.stdout.strip()
 
 
-async def inspect(program: Path, image: Path, user: User | None) -> ImageFacts:
+async def inspect(program: Path, image: Path, user: User | None, temporary: Path | None = None) -> ImageFacts:
     """Read an image's labels and default command. Nothing in the image runs with the rights of the host's root.
 
     What is raised does not name the image: whoever asked knows the name that people know.
@@ -108,8 +108,9 @@ async def inspect(program: Path, image: Path, user: User | None) -> ImageFacts:
     wrong = await asyncio.to_thread(_file_complaint, image)
     if wrong:
         raise ImageError(wrong)
-    runtime = await version(program)
-    answer = await ask(program, ["--silent", "--nocolor", "inspect", "--all", str(image)], user=user)
+    runtime = await version(program, temporary)
+    asked = ["--silent", "--nocolor", "inspect", "--all", str(image)]
+    answer = await ask(program, asked, user=user, temporary=temporary)
     if answer.exit_code != 0:
         if "not recognized" in answer.stderr:
             raise ImageError(
@@ -129,14 +130,19 @@ async def inspect(program: Path, image: Path, user: User | None) -> ImageFacts:
 
 
 async def ask(
-    program: Path, arguments: list[str], *, user: User | None = None, timeout_seconds: float = _ANSWER_SECONDS
+    program: Path,
+    arguments: list[str],
+    *,
+    user: User | None = None,
+    timeout_seconds: float = _ANSWER_SECONDS,
+    temporary: Path | None = None,
 ) -> Answer:
-    """Run a short Apptainer command in the environment of an inspection.
+    """Run a short Apptainer command in the environment of an inspection; `temporary` is where its home goes.
 
     Raises:
         ExecutorUnavailable: it does not start, or does not answer in time.
     """
-    with tempfile.TemporaryDirectory(prefix="ovation-agent-", ignore_cleanup_errors=True) as home:
+    with tempfile.TemporaryDirectory(prefix="ovation-agent-", dir=temporary, ignore_cleanup_errors=True) as home:
         variables = inspection_environment(PurePosixPath(program), PurePosixPath(home), user)
         if arguments[:1] == ["--version"]:
             variables = environment(PurePosixPath(program), PurePosixPath(home))

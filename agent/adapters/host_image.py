@@ -9,6 +9,7 @@ from agent.adapters.executor import RunRequest
 TIME_LIMIT_SECONDS = 60.0
 
 _PROGRAMS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr")
+RUN = "run"
 _FOLDERS = ("dev", "proc", "sys", "tmp", "var/tmp", "etc", ".singularity.d")
 _REMEDIES = (
     ("capability", "Set `root default capabilities = no` in apptainer.conf."),
@@ -38,7 +39,7 @@ def request(place: Path) -> RunRequest:
             path.chmod(0o755)
     return RunRequest(
         name="check",
-        directory=place / "run",
+        directory=place / RUN,
         image=image,
         inputs=place / "inputs",
         related=place / "related",

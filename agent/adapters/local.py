@@ -35,11 +35,14 @@ class LocalSettings:
 
     `container_user` is whom they run as when the agent is root; otherwise they run as the agent's own user.
     `grace_seconds` is what a container gets between SIGTERM and SIGKILL, `kill_seconds` what its end may then take.
+    `temporary` is a directory of this process's alone for what is thrown away at once: `check` empties it, for a
+    process that was killed leaves things there.
     """
 
     container_user: User = NOBODY
     grace_seconds: float = 10.0
     kill_seconds: float = 5.0
+    temporary: Path | None = None
 
 
 class LocalExecutor:
@@ -62,14 +65,29 @@ class LocalExecutor:
         """
         program = apptainer.find_program(self._search_path)
         apptainer.check_user()
-        runtime = await apptainer.version(program)
-        with tempfile.TemporaryDirectory(prefix="ovation-agent-check-", ignore_cleanup_errors=True) as place:
+        temporary = self._settings.temporary
+        if temporary is not None:
+            await asyncio.to_thread(temporary.mkdir, mode=0o700, exist_ok=True)
+            for left in await asyncio.to_thread(lambda: list(temporary.iterdir())):
+                await self._throw_away(left)
+        runtime = await apptainer.version(program, temporary)
+        with tempfile.TemporaryDirectory(
+            prefix="ovation-agent-check-", dir=temporary, ignore_cleanup_errors=True
+        ) as place:
             request = await asyncio.to_thread(host_image.request, Path(place))
             await self._launch(request, program, extra=host_image.mounts())
             status = await self.wait(request, host_image.TIME_LIMIT_SECONDS * 2)
             if not isinstance(status, Ended) or status.exit_code != 0:
                 raise ExecutorUnavailable(host_image.complaint(program, files.tail(request.stderr, _TAIL_BYTES)))
         return runtime
+
+    async def _throw_away(self, left: Path) -> None:
+        """Remove what a killed process left of a check, whose container may still be running."""
+        run = RunRequest(left.name, left / host_image.RUN, left, left, left, host_image.TIME_LIMIT_SECONDS)
+        await self.cancel(run)
+        await self.wait(run, host_image.TIME_LIMIT_SECONDS)
+        with contextlib.suppress(OSError):  # the next one tries again
+            await asyncio.to_thread(files.remove_tree, left)
 
     async def inspect(self, image: Path) -> ImageFacts:
         """Read the image's metadata without running it.
@@ -78,7 +96,8 @@ class LocalExecutor:
             ImageError: not an image, truncated, or without a default command.
             ExecutorUnavailable: the runtime itself does not work.
         """
-        return await apptainer.inspect(apptainer.find_program(self._search_path), image, self.user)
+        program = apptainer.find_program(self._search_path)
+        return await apptainer.inspect(program, image, self.user, self._settings.temporary)
 
     async def start(self, request: RunRequest) -> Running | Ended:
         """Find the run or start it: calling this again for the same request never starts a second container.

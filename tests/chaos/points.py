@@ -20,7 +20,8 @@ _IDS = (
     (re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"), "<id>"),
     (re.compile(r"\b[0-9a-f]{16,}\b"), "<hash>"),
     (re.compile(r"\.\d+\.\d{6,}\b"), ".<any>"),
-    (re.compile(r"(?<=/outputs/).+|(?<= tmp/).+|(?<=/<id>/<id>/)[^/?]+"), "<any>"),  # one point for all files there
+    # One point for all the files that are there.
+    (re.compile(r"(?<=/outputs/).+|(?<= tmp/).+|(?<= data/checks/).+|(?<=/<id>/<id>/)[^/?]+"), "<any>"),
 )
 
 

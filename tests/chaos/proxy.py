@@ -77,7 +77,8 @@ class Proxy:
         assert task is not None
         self._open.add(task)
         try:
-            with contextlib.suppress(OSError):
+            # asyncio's own callback complains about a task that was cancelled.
+            with contextlib.suppress(OSError, asyncio.CancelledError):
                 await self._join(reader, writer)
         finally:
             self._open.discard(task)

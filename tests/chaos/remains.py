@@ -6,8 +6,8 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-_AGENTS_OWN = frozenset({"lock", "place", "jobs", "agent.json", "admin-token"})
-"""What an agent keeps in its data directory, whatever runs there were."""
+_AGENTS_OWN = frozenset({"lock", "place", "jobs", "checks", "agent.json", "admin-token"})
+"""What an agent keeps in its data directory, whatever runs there were; the directories among these are empty then."""
 
 
 def on_disk(data_dirs: Sequence[Path], temporary: Sequence[Path]) -> Iterator[str]:
@@ -15,9 +15,9 @@ def on_disk(data_dirs: Sequence[Path], temporary: Sequence[Path]) -> Iterator[st
     for data in data_dirs:
         entries = sorted(data.iterdir()) if data.is_dir() else []
         yield from (f"{each} is left behind" for each in entries if each.name not in _AGENTS_OWN)
-        for job in sorted((data / "jobs").glob("*")):
-            files = sorted(str(path.relative_to(job)) for path in job.rglob("*"))
-            yield f"{job} is left behind, with {', '.join(files) or 'nothing in it'}"
+        for each in (*sorted((data / "jobs").glob("*")), *sorted((data / "checks").glob("*"))):
+            files = sorted(str(path.relative_to(each)) for path in each.rglob("*"))
+            yield f"{each} is left behind, with {', '.join(files[:20]) or 'nothing in it'}"
     for directory in temporary:
         yield from (f"{each} is left behind" for each in sorted(directory.glob("*")))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.harness import Chaos, chaos
+from tests.chaos.play import at_once
 from tests.chaos.walk import Death, Way, deaths, die, live, spread
 from tests.chaos.zygote import Zygote
 
@@ -38,7 +39,7 @@ async def test_the_promise_at_every_failpoint(
         if long_form:
             await _walk_further(chains[0], further)
         print(f"{len(chosen)} deaths at {len(known)} points")  # noqa: T201 for whoever looks at the test's output
-        await asyncio.gather(*(_end(each) for each in chains))
+        await at_once({chain.directory.name: _end(chain) for chain in chains})
         assert not missed, "never reached:\n  " + "\n  ".join(map(str, missed))
 
 

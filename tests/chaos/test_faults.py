@@ -269,11 +269,12 @@ async def _behind_proxies(one: Chaos) -> AsyncIterator[list[Proxy]]:
         yield [api, files, store]
 
 
+@pytest.mark.timeout(1800)
 async def test_servers_that_are_gone(chaos: Chaos, seed: int, *, long_form: bool) -> None:
     chance = random.Random(seed)  # noqa: S311 repeatable, not secret
     async with _behind_proxies(chaos) as servers:
         await chaos.start()
-        for way in ("close", "hush", "cut") * (5 if long_form else 1):
+        for way in ("close", "hush", "cut", "forget") * 5 if long_form else ("close", "hush", "cut"):
             for _ in range(2):
                 chaos.activity()
             await asyncio.sleep(chance.uniform(0.2, 1.5))
@@ -288,17 +289,17 @@ async def test_servers_that_are_gone(chaos: Chaos, seed: int, *, long_form: bool
 
 
 async def _be_gone(servers: Sequence[Proxy], way: str, chance: random.Random) -> None:
-    """Refuse connections for a while, say nothing for a while, or cut what is under way some times."""
+    """Refuse connections for a while, say nothing for a while or never again, or cut what is under way some times."""
     if way == "close":
         await asyncio.gather(*(server.close() for server in servers))
         await asyncio.sleep(2)
         await asyncio.gather(*(server.open() for server in servers))
-    elif way == "hush":
+    elif way in {"hush", "forget"}:
         for server in servers:
             server.hush()
         await asyncio.sleep(2)
         for server in servers:
-            server.speak()
+            (server.speak if way == "hush" else server.speak_to_new_ones)()
     else:
         for _ in range(8):
             await asyncio.sleep(chance.uniform(0.02, 0.3))

@@ -97,7 +97,11 @@ async def _cut(one: Chaos, chance: random.Random) -> None:
             if number % 4 == 0:
                 one.activity(chance.choice([SMALL, Work(commands="sleep 1")]))
             await asyncio.sleep(chance.uniform(0.02, 0.5))
-            await connection.execute(_AGENTS_CONNECTIONS)
+            async with connection.transaction():
+                if number % 2:  # so that statements are cut in the middle, for they wait
+                    await connection.execute("LOCK TABLE jobs, watched IN ACCESS EXCLUSIVE MODE")
+                    await asyncio.sleep(0.1)
+                await connection.execute(_AGENTS_CONNECTIONS)
     one.fault_cleared()
     await one.recovered("PostgreSQL cuts connections")
     await _told_each_once(one)

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -540,6 +541,15 @@ async def test_inspecting_a_hostile_legacy_image_runs_nothing_as_root(tmp_path: 
 
 async def test_the_check_runs_a_container() -> None:
     assert "version" in await LocalExecutor(QUICK).check()
+
+
+async def test_what_a_killed_check_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    checks = tmp_path / "checks"
+    (checks / "ovation-agent-check-x" / "run").mkdir(parents=True)
+    (checks / "ovation-agent-check-x" / "run" / "stderr.log").write_text("killed")
+    executor = LocalExecutor(replace(QUICK, temporary=checks))
+    assert "version" in await executor.check()
+    assert list(checks.iterdir()) == []
 
 
 async def test_without_apptainer_the_message_says_what_to_do(tmp_path: Path) -> None:

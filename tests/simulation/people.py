@@ -51,6 +51,7 @@ class People:
         self._agents = agents
         self._post = post
         self._sent = 0
+        self._uploads: dict[str, tuple[Entity, bytes]] = {}
         self._asking: set[asyncio.Task[None]] = set()
         self.project = ovation.add("Project", "A project", [])
         self.activities: list[Entity] = []
@@ -82,7 +83,8 @@ class People:
         self._ovation.link(activity, "inputs", revision)
         if uploading:
             seconds = self._world.chance.between(1, 20, f"upload {revision.id}")
-            self._world.later(seconds, self._end_upload, revision, _content(activity, name))
+            self._uploads[revision.id] = (revision, _content(activity, name))
+            self._world.later(seconds, self._end_upload, revision.id)
 
     def remove_input(self, activity: Entity) -> None:
         """Take an Activity's newest input away, unless it is the only one."""
@@ -108,9 +110,15 @@ class People:
         file = self._ovation.add("File", name, self.project.roots)
         return self._ovation.revision(file, name, content)
 
-    def _end_upload(self, revision: Entity, content: bytes) -> None:
-        self._world.note("people", f"{revision.id} is uploaded")
-        self._ovation.upload(revision, content)
+    def end_uploads(self) -> None:
+        """Let what is being uploaded be there now."""
+        for revision_id in list(self._uploads):
+            self._end_upload(revision_id)
+
+    def _end_upload(self, revision_id: str) -> None:
+        if revision_id in self._uploads:
+            self._world.note("people", f"{revision_id} is uploaded")
+            self._ovation.upload(*self._uploads.pop(revision_id))
 
     # What Ovation tells.
 
@@ -210,6 +218,3 @@ class People:
 
 def _content(activity: Entity, name: str) -> bytes:
     return f"{name} of {activity.id}\n".encode() * 3
-
-
-__all__ = ["OWNER", "People", "Post"]
