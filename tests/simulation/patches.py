@@ -56,8 +56,8 @@ async def _connect(settings: AgentSettings) -> AsyncIterator[Database]:
     yield agent_of().database()
 
 
-def _executor_for(settings: Settings) -> Executor:
-    del settings
+def _executor_for(settings: Settings, data_dir: Path) -> Executor:
+    del settings, data_dir
     return agent_of().executor()
 
 

@@ -17,7 +17,7 @@ from agent.sandbox.records import Entity, Relation
 from agent.web.state import Services
 from tests.simulation.agents import Agent
 from tests.simulation.machine import Program
-from tests.simulation.ovation import OWNER, SimulatedOvation
+from tests.simulation.ovation import SimulatedOvation
 from tests.simulation.world import World
 
 _ANSWER_SECONDS = 10.0  # how long a webhook's sender waits
