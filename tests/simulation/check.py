@@ -22,13 +22,11 @@ from tests.simulation.machine import Container
 from tests.simulation.ovation import SimulatedOvation
 from tests.simulation.people import People
 from tests.simulation.store import Store
-from tests.simulation.world import Party, World
+from tests.simulation.world import World
 
 _SUFFIXES = (".sif",)
 _UNFORESEEN = frozenset({"ro-crate-metadata.json"})
 _SET_ASIDE_AFTER = 6  # deaths of agents
-_PARTIES = {"Ovation": Party.OVATION, "the object store": Party.STORE, "PostgreSQL": Party.DATABASE}
-_ON_ITS_WAY_SECONDS = 20.0  # an answer that was sent before an outage
 _NAME = re.compile(r"ovation-(?P<job>.+)-(?P<launch>\d+)")
 
 Row = Mapping[str, Any]
@@ -90,7 +88,7 @@ def violations(scene: Scene) -> list[str]:
     found += _delivered(scene, jobs, containers)
     found += _on_disk(scene, jobs)
     for agent in scene.agents:
-        found += _told_once(scene.world, agent)
+        found += _told_once(agent)
     return found
 
 
@@ -276,20 +274,17 @@ def _on_disk(scene: Scene, jobs: Sequence[Row]) -> Iterator[str]:
                 yield f"job {directory.name}: left on {agent.name}'s disk: {files or 'an empty directory'}"
 
 
-def _told_once(world: World, agent: Agent) -> Iterator[str]:
-    """That somebody is away is told once, and again only after they were back, which nobody says before it is so."""
+def _told_once(agent: Agent) -> Iterator[str]:
+    """That somebody is away is told once, and again only after it was said to be back."""
     away: set[tuple[str, str]] = set()
     for when, process, event, values in agent.lines:
-        who = str(values.get("party", "PostgreSQL"))
+        who = (process, str(values.get("party", "database")))
         if event in {"party_away", "database_away"}:
-            if (process, who) in away:
-                yield f"{process}: at {when:.1f} it says again that {who} is away"
-            away.add((process, who))
+            if who in away:
+                yield f"{process}: at {when:.1f} it says again that {who[1]} is away"
+            away.add(who)
         elif event in {"party_back", "database_back"}:
-            away.discard((process, who))
-            outages = world.weather[_PARTIES[who]].outages if who in _PARTIES else []
-            if any(begin + _ON_ITS_WAY_SECONDS < when < end for begin, end, _ in outages):
-                yield f"{process}: at {when:.1f} it says that {who} is back"
+            away.discard(who)
 
 
 def story(scene: Scene) -> list[str]:

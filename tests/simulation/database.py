@@ -38,14 +38,13 @@ _LOOKS = frozenset(
     {"take_hints", "claim_watched", "next_look_due", "judge_watched", "note_listed", "look_again_slowly"}
     | {"look_again", "claim_reconciliation", "end_reconciliation", "make_reconciliation_due"}
 )
-_NEXT_MOMENT = "SELECT extract(epoch FROM min(moment))::float8 FROM ({}) moments (moment) WHERE moment >= now()"
-# Which moments the answers depend on, by what they are about.
-_MOMENTS = {
-    "jobs": "SELECT due_at FROM jobs WHERE finished_at IS NULL UNION ALL SELECT seen_at + interval '60 s' FROM agents",
-    "leases": "SELECT lease_until FROM jobs",
-    "looks": "SELECT due_at FROM watched UNION ALL SELECT lease_until FROM watched"
-    " UNION ALL SELECT due_at FROM reconciliations UNION ALL SELECT lease_until FROM reconciliations",
-}
+_NEXT_MOMENT = """
+    SELECT extract(epoch FROM min(moment))::float8 FROM (
+        SELECT due_at FROM jobs WHERE finished_at IS NULL UNION ALL SELECT lease_until FROM jobs
+        UNION ALL SELECT due_at FROM watched UNION ALL SELECT lease_until FROM watched
+        UNION ALL SELECT due_at FROM reconciliations UNION ALL SELECT lease_until FROM reconciliations
+        UNION ALL SELECT seen_at + interval '60 s' FROM agents
+    ) moments (moment) WHERE moment >= now()"""
 
 
 @dataclass(slots=True)
@@ -67,7 +66,7 @@ class Server:
         self._clock = os.open(clock, os.O_RDWR | os.O_CREAT, 0o644)
         self._connection: asyncpg.Connection = self.run(self._prepare(clock))
         self.statements = 0
-        self._memos = {about: _Memo() for about in _MOMENTS}
+        self._memos = {"looks": _Memo(), "jobs": _Memo()}
         self._owner: object | None = None
 
     async def _prepare(self, clock: Path) -> asyncpg.Connection:
@@ -144,22 +143,22 @@ class Server:
 
     def _forget(self, name: str) -> None:
         """Forget the answers that may be others since a statement wrote."""
-        for about, memo in self._memos.items():
-            if about == "looks" or name not in _LOOKS:
-                memo.answers.clear()
+        self._memos["looks"].answers.clear()
+        if name not in _LOOKS:
+            self._memos["jobs"].answers.clear()
 
     def _poll(self, wall: float, name: str, method: str, sql: str, arguments: tuple[Any, ...]) -> Any:
         """Answer as before where nothing was written since and no moment has come that the answer depends on."""
         known, result = self.recall(wall, sql, arguments)
         if known:
             return result
-        memo = self._memos[_about(name)]
+        memo = self._memo(name)
         result = self._do(wall, method, sql, arguments)
         if name in _POLLS and result not in ([], None, 0):
             self._forget(name)  # it found something and wrote
             return result
         if not memo.answers:
-            moment = self._do(wall, "fetchval", _NEXT_MOMENT.format(_MOMENTS[_about(name)]))
+            moment = self._do(wall, "fetchval", _NEXT_MOMENT)
             memo.until = float("inf") if moment is None else moment
         memo.answers[_key(sql, arguments)] = (wall, result)
         return result
@@ -169,7 +168,7 @@ class Server:
         name = _NAMES.get(sql, sql)
         if name not in _POLLS and name not in _COUNTDOWNS:
             return False, None
-        memo = self._memos[_about(name)]
+        memo = self._memo(name)
         if wall >= memo.until:
             memo.answers.clear()
         key = _key(sql, arguments)
@@ -177,6 +176,9 @@ class Server:
             return False, None
         then, result = memo.answers[key]
         return True, result if name in _POLLS or result is None else result - (wall - then)
+
+    def _memo(self, name: str) -> _Memo:
+        return self._memos["looks" if name in _LOOKS else "jobs"]
 
     def begin(self, owner: object, wall: float) -> None:
         """Begin a transaction, in which no other process may be active."""
@@ -200,10 +202,6 @@ class Server:
         """Return what the check wants to know."""
         found = self.run(self._connection.fetch(sql, *arguments))
         return [dict(row) for row in found]
-
-
-def _about(name: str) -> str:
-    return "leases" if name == "lapse_leases" else "looks" if name in _LOOKS else "jobs"
 
 
 def _key(sql: str, arguments: tuple[Any, ...]) -> tuple[str, tuple[object, ...]]:

@@ -17,7 +17,7 @@ from agent.sandbox.records import Entity, Relation
 from agent.web.state import Services
 from tests.simulation.agents import Agent
 from tests.simulation.machine import Program
-from tests.simulation.ovation import SimulatedOvation
+from tests.simulation.ovation import OWNER, SimulatedOvation
 from tests.simulation.world import World
 
 _ANSWER_SECONDS = 10.0  # how long a webhook's sender waits
@@ -51,7 +51,6 @@ class People:
         self._agents = agents
         self._post = post
         self._sent = 0
-        self._uploads: dict[str, tuple[Entity, bytes]] = {}
         self._asking: set[asyncio.Task[None]] = set()
         self.project = ovation.add("Project", "A project", [])
         self.activities: list[Entity] = []
@@ -83,8 +82,7 @@ class People:
         self._ovation.link(activity, "inputs", revision)
         if uploading:
             seconds = self._world.chance.between(1, 20, f"upload {revision.id}")
-            self._uploads[revision.id] = (revision, _content(activity, name))
-            self._world.later(seconds, self._end_upload, revision.id)
+            self._world.later(seconds, self._end_upload, revision, _content(activity, name))
 
     def remove_input(self, activity: Entity) -> None:
         """Take an Activity's newest input away, unless it is the only one."""
@@ -110,15 +108,9 @@ class People:
         file = self._ovation.add("File", name, self.project.roots)
         return self._ovation.revision(file, name, content)
 
-    def end_uploads(self) -> None:
-        """Let what is being uploaded be there now."""
-        for revision_id in list(self._uploads):
-            self._end_upload(revision_id)
-
-    def _end_upload(self, revision_id: str) -> None:
-        if revision_id in self._uploads:
-            self._world.note("people", f"{revision_id} is uploaded")
-            self._ovation.upload(*self._uploads.pop(revision_id))
+    def _end_upload(self, revision: Entity, content: bytes) -> None:
+        self._world.note("people", f"{revision.id} is uploaded")
+        self._ovation.upload(revision, content)
 
     # What Ovation tells.
 
@@ -218,3 +210,6 @@ class People:
 
 def _content(activity: Entity, name: str) -> bytes:
     return f"{name} of {activity.id}\n".encode() * 3
+
+
+__all__ = ["OWNER", "People", "Post"]

@@ -62,7 +62,7 @@ class Trouble:
         self._store = store
         self._post = post
         self.kinds: list[str] = []
-        self.until = self._chance.between(20, 110, "until")
+        self.until = self._chance.between(30, 150, "until")
         self._sources: dict[str, Callable[[], None]] = {
             "deaths": self._deaths,
             "deaths at a request": self._deaths_at_a_request,
@@ -99,7 +99,6 @@ class Trouble:
     def end(self) -> None:
         """Let all be calm, and whoever is away be back."""
         self._world.is_calm = True
-        self._people.end_uploads()
         for agent in self._agents:
             agent.on_start = lambda _: None
             if agent.process is not None:
