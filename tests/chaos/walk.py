@@ -70,6 +70,10 @@ class Life:
     stopping: list[str]
 
 
+class NeverReached(AssertionError):
+    """A life did not come to the point at which it was to end."""
+
+
 async def live(chaos: Chaos, *ways: Way) -> list[Life]:
     """Lead a life each way to its good end, and note the points. A harness's first life is `FRESH`."""
     lives = []
@@ -106,17 +110,23 @@ def spread(chosen: Sequence[Death]) -> list[Death]:
     return sorted(mixed, key=lambda death: death.way is Way.LARGE)
 
 
-async def die(chaos: Chaos, death: Death) -> Agent | None:
-    """Lead a life until it dies where it should; return it, or nothing when it never came there."""
+async def die(chaos: Chaos, death: Death) -> Agent:
+    """Lead a life until it dies where it should, and return it.
+
+    Raises:
+        NeverReached: it did not come there.
+    """
     async with _led(chaos, death.way, death) as agent:
         if death.way in {Way.STOP, Way.QUIT} and agent.process.returncode is None:
             agent.process.send_signal(signal.SIGTERM)
         await agent.died(_DIES_SECONDS)
-    if agent.process.returncode == -signal.SIGKILL:
-        chaos.faults += 1
-        return agent
-    await agent.kill()
-    return None
+    code = agent.process.returncode
+    if code != -signal.SIGKILL:
+        await agent.kill()
+        ended = "did not end" if code is None else f"ended with {code}: {agent.log.read_text()[-500:]}"
+        raise NeverReached(f"{death}: it {ended}")
+    chaos.faults += 1
+    return agent
 
 
 @asynccontextmanager
@@ -132,10 +142,8 @@ async def _led(chaos: Chaos, way: Way, death: Death) -> AsyncIterator[Agent]:
     try:
         if way is Way.STOP:
             await _runs(chaos, agent, activity_id)
-        elif not death.point and not way.work:
+        elif way is Way.QUIT or not (death.point or way.work):
             await _did(agent, "reconciled")  # the last thing that happens at a start
-        elif way is Way.QUIT:
-            await _did(agent, "agent_started")
         yield agent
     finally:
         if delay is not None:
