@@ -25,7 +25,7 @@ from agent.adapters.ovation import Credentials
 from agent.errors import StorageError, StorageExpired, StorageMismatch, StorageRefused, StorageUnavailable
 from agent.settings import AwsSettings
 
-ATTEMPTS = 2  # each may take half a minute to be known as lost
+ATTEMPTS = 4
 _CONNECT_SECONDS = 10
 _STALL_SECONDS = 30
 _EXPIRED = frozenset(
