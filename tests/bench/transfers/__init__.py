@@ -1,0 +1,1 @@
+"""Transfers, side by side with s5cmd, boto3, curl and the released client: `python -m tests.bench.transfers`."""
