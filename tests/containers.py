@@ -32,6 +32,7 @@ def make_request(
     *,
     image: Path | None = None,
     time_limit_seconds: float = 60,
+    max_log_bytes: int | None = None,
     network: Literal["none", "host"] = "none",
 ) -> RunRequest:
     """Make the directories of a job that runs `script`."""
@@ -46,6 +47,7 @@ def make_request(
         inputs=place / "inputs",
         related=place / "related",
         time_limit_seconds=time_limit_seconds,
+        max_log_bytes=max_log_bytes,
         network=network,
     )
 

@@ -29,7 +29,8 @@ class RunRequest:
     `name` follows from the job and the attempt and nothing else, so that the run is found again by whoever looks.
     `directory` belongs to this attempt alone; the executor makes `outputs/` (what the container sees as `/outputs`),
     `scratch/` (its `/tmp`), `stdout.log`, `stderr.log` and its own records below it. `image`, `inputs` and
-    `related` exist already. All paths are absolute. With `outputs_directory` the outputs are there instead.
+    `related` exist already. All paths are absolute. With `outputs_directory` the outputs are there instead. A run whose
+    stdout or stderr grows past `max_log_bytes` is ended.
     """
 
     name: str
@@ -41,6 +42,7 @@ class RunRequest:
     network: Network = "none"
     outputs_directory: Path | None = None
     native_id: str | None = None
+    max_log_bytes: int | None = None
 
     @property
     def outputs(self) -> Path:

@@ -26,7 +26,7 @@ _PRIVATE = "private"  # Apptainer's own home and temporary files
 _SCRATCH = "scratch"
 _AGAIN_SECONDS = 0.05
 _TAIL_BYTES = 8192
-_HANDSHAKE_SECONDS = 60.0
+_HANDSHAKE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +219,7 @@ class LocalExecutor:
             "stdout": request.stdout.name,
             "stderr": request.stderr.name,
             "time_limit_seconds": request.time_limit_seconds,
+            "max_log_bytes": request.max_log_bytes,
             "grace_seconds": self._settings.grace_seconds,
             "kill_seconds": self._settings.kill_seconds,
             "remove": [_PRIVATE, _SCRATCH],

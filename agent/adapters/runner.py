@@ -274,6 +274,18 @@ class Run:
             self.reason = "cancelled"
         elif over_limit and self.reason is None:
             self.reason = "time_limit"
+        elif self.reason is None and self._wrote_too_much():
+            self.reason = "log_limit"
+
+    def _wrote_too_much(self) -> bool:
+        most = self.spec.get("max_log_bytes")  # a spec that an older agent wrote has none
+        if most is None:
+            return False
+        for name in ("stdout", "stderr"):
+            with suppress(FileNotFoundError):
+                if os.stat(f"{self.directory}/{self.spec[name]}").st_size > most:  # noqa: PTH116 see write_json
+                    return True
+        return False
 
     def _stop(self) -> Stopping:
         return Stopping(self.container, float(self.spec["grace_seconds"]), float(self.spec["kill_seconds"]))

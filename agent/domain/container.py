@@ -35,6 +35,7 @@ class Ending(StrEnum):
 
     EXITED = "exited"
     TIME_LIMIT = "time_limit"
+    LOG_LIMIT = "log_limit"  # it wrote without end
     CANCELLED = "cancelled"
     LOST = "lost"  # its machine rebooted or its runner was killed: nobody saw it end
 
@@ -151,6 +152,7 @@ def judge(
     stderr_tail: str,
     *,
     time_limit_seconds: float | None = None,
+    max_log_bytes: int | None = None,
 ) -> Judgement:
     """Return what a run came to.
 
@@ -163,6 +165,9 @@ def judge(
         case Ending.TIME_LIMIT:
             limit = f" of {_duration(time_limit_seconds)}" if time_limit_seconds else ""
             return _failed(FaultClass.TIME_LIMIT, f"The run was stopped at its time limit{limit}.")
+        case Ending.LOG_LIMIT:
+            limit = f" of {max_log_bytes} bytes" if max_log_bytes else ""
+            return _failed(FaultClass.USER_CODE, f"The run was stopped: its log grew past the limit{limit}.")
         case Ending.LOST:
             return _failed(FaultClass.NODE, "The machine restarted, or stopped the run; nobody saw how it ended.")
         case Ending.EXITED:

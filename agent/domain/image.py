@@ -25,7 +25,7 @@ def complaint(header: bytes, size_bytes: int, machine: str) -> str | None:
     """
     if size_bytes == 0:
         return "The image is an empty file."
-    if header[32:41] == b"SIF_MAGIC":
+    if is_sif(header):
         return _sif_complaint(header, size_bytes, machine)
     if header[:4] == b"hsqs":
         if len(header) < _SQUASHFS_BYTES:
@@ -35,6 +35,11 @@ def complaint(header: bytes, size_bytes: int, machine: str) -> str | None:
     if header[:1] == b"#" and b"run-singularity" in header[:32] and len(header) < _SIF_BYTES:
         return _truncated(size_bytes, None)
     return None  # an ext3 image, or none at all: Apptainer says which
+
+
+def is_sif(header: bytes) -> bool:
+    """Say whether an image file is a SIF, by its first bytes."""
+    return header[32:41] == b"SIF_MAGIC"
 
 
 def _sif_complaint(header: bytes, size_bytes: int, machine: str) -> str | None:

@@ -37,6 +37,7 @@ async def watch(context: Context, claim: Claim, control: Control) -> Outcome:
                     status.exit_code,
                     tail(request.stderr, _STDERR_TAIL_BYTES),
                     time_limit_seconds=request.time_limit_seconds,
+                    max_log_bytes=request.max_log_bytes,
                 )
                 if status.ending is Ending.LOST and judgement.fault is not None:
                     return Lost(judgement.fault)

@@ -267,6 +267,21 @@ async def test_the_time_limit_ends_everything_inside(tmp_path: Path) -> None:
     assert judge(outcome.ended.ending, outcome.ended.exit_code, "").verdict is Verdict.FAILED
 
 
+@pytest.mark.parametrize("stream", ["", ">&2"])
+async def test_a_log_without_end_ends_the_run(tmp_path: Path, stream: str) -> None:
+    mark = nap()
+    request = make_request(tmp_path, f"sleep {mark} & yes {stream}", max_log_bytes=1_000_000)
+    outcome = await finish(request)
+    assert outcome.ended.ending is Ending.LOG_LIMIT
+    judgement = judge(outcome.ended.ending, outcome.ended.exit_code, "", max_log_bytes=1_000_000)
+    assert judgement.fault is not None
+    assert judgement.fault.cls is FaultClass.USER_CODE
+    assert "1000000 bytes" in judgement.fault.message
+    assert processes_with(mark) == []
+    log = request.stderr if stream else request.stdout
+    assert log.stat().st_size > 1_000_000
+
+
 async def test_a_container_that_ignores_sigterm_is_ended_all_the_same(tmp_path: Path) -> None:
     mark = nap()
     executor = LocalExecutor(QUICK)

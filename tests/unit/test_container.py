@@ -177,6 +177,9 @@ def test_the_ending_outweighs_the_exit_code(exit_code: int | None, stderr: str) 
     assert limited.fault is not None
     assert limited.fault.cls is FaultClass.TIME_LIMIT
     assert "1 h 30 min" in limited.fault.message
+    endless = judge(Ending.LOG_LIMIT, exit_code, stderr, max_log_bytes=7)
+    assert endless.fault is not None
+    assert endless.fault.cls is FaultClass.USER_CODE
     assert judge(Ending.CANCELLED, exit_code, stderr).verdict is Verdict.CANCELLED
     lost = judge(Ending.LOST, exit_code, stderr)
     assert lost.fault is not None
