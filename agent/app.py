@@ -9,7 +9,6 @@ import json
 import os
 import secrets
 import signal
-import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -20,12 +19,15 @@ from pathlib import Path
 from aiohttp import web
 
 from agent import __version__, logs
+from agent.adapters.cache import Cache
 from agent.adapters.circuit import Circuit
-from agent.adapters.disk import Room
+from agent.adapters.disk import Room, remove_unfinished, write_whole
 from agent.adapters.download import Downloader
 from agent.adapters.executor import Executor
+from agent.adapters.lanes import Lanes
 from agent.adapters.local import LocalExecutor, LocalSettings
 from agent.adapters.ovation import Ovation
+from agent.adapters.traffic import Traffic
 from agent.adapters.upload import Uploader
 from agent.db.connect import connect
 from agent.db.database import Database
@@ -100,24 +102,37 @@ async def _open(settings: Settings) -> AsyncIterator[_Agent]:
     admin_token = _admin_token(settings)
     async with AsyncExitStack() as stack:
         stack.enter_context(_alone(data_dir))
+        remove_unfinished(data_dir)
         database: Database = await stack.enter_async_context(connect(settings.agent))
         await database.check()
         store = Circuit(OBJECT_STORE, StorageUnavailable)
         ovation = await stack.enter_async_context(
             Ovation.open(settings.ovation, circuit=Circuit(OVATION, OvationUnavailable))
         )
+        given = settings.agent
+        traffic = Traffic(given.max_connections, given.max_job_connections, given.max_bytes_per_second)
+        lanes = Lanes(given.max_connections)
+        stack.callback(lanes.close)
         downloader = await stack.enter_async_context(
-            Downloader(settings.agent.remote_hosts, remote_max_bytes=settings.agent.remote_max_bytes, circuit=store)
+            Downloader(
+                given.remote_hosts,
+                remote_max_bytes=given.remote_max_bytes,
+                circuit=store,
+                traffic=traffic,
+                lanes=lanes,
+            )
         )
+        uploader = await stack.enter_async_context(Uploader(settings.aws, circuit=store, traffic=traffic, lanes=lanes))
         context = Context(
             settings=settings.agent,
             jobs=Jobs(database),
             outputs=Outputs(database),
             ovation=ovation,
             downloader=downloader,
-            uploader=Uploader(settings.aws, circuit=store),
+            uploader=uploader,
             executor=executor_for(settings, data_dir),
             room=Room(data_dir / "jobs", settings.agent.min_free_bytes),
+            cache=Cache(given.cache_directory, given.cache_max_bytes),
         )
         place = _place(data_dir)  # nobody else's: the data directory is locked
         await context.jobs.expire_leases(place)
@@ -295,10 +310,4 @@ def _admin_token(settings: Settings) -> str:
 
 
 def _write_private(path: Path, content: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
+    write_whole(path, content.encode(), 0o600)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent import __version__
+from agent.cli_cache import cache
 from agent.cli_ovation import hpc_run, webhooks
 from agent.commands import Commands, load_settings, run
 
@@ -39,6 +40,7 @@ def main(ctx: click.Context, config: Path | None) -> None:
 
 main.add_command(hpc_run)
 main.add_command(webhooks)
+main.add_command(cache)
 
 
 @main.command()

@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from agent.logs import printable
@@ -140,6 +140,10 @@ def _how_far(job: dict[str, Any]) -> str:
     told = f"{counts.get('files_done', 0)} of {counts['files_total']} files"
     if counts.get("bytes_total"):
         told += f", {decimal(counts.get('bytes_done', 0))} of {decimal(counts['bytes_total'])}"
+    if counts.get("bytes_per_second"):
+        told += f", {decimal(counts['bytes_per_second'])}/s"
+    if counts.get("seconds_left"):
+        told += f", {timedelta(seconds=counts['seconds_left'])} left"
     return told
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ class Lab:
         self.directory = directory
         self.project_id = str(sandbox.admin.create_project("A project")["_id"])
         self.agent: AgentProcess
+        self.agents: list[AgentProcess] = []
         self._numbers = itertools.count(1)
 
     @property
@@ -33,6 +35,7 @@ class Lab:
     def watch(self, agent: AgentProcess) -> None:
         """Have Ovation tell this agent of changed relations, as the research service does."""
         self.agent = agent
+        self.agents.append(agent)
         url = f"{agent.address}/webhooks/ovation"
         self.sandbox.admin.create_webhook(url, "Relation", api_key=WEBHOOK_KEY)
 
@@ -112,4 +115,7 @@ async def laboratory(directory: Path, **settings: str) -> AsyncIterator[Lab]:
                 return bool(agent.events("reconciled")) or None
 
             await until(walked, "the walk at the start", agent.log)  # or it would find what webhooks are to tell
-            yield lab
+            try:
+                yield lab
+            finally:  # also the agents that came after the first
+                await asyncio.gather(*(each.stop() for each in lab.agents if each.process.returncode is None))

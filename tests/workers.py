@@ -92,6 +92,7 @@ class Machine:
             uploader=nothing,
             executor=nothing,
             room=Room(Path("/"), 0),
+            cache=cast("Any", None),
         )
         await self.jobs.expire_leases(self.place)
         self.worker = Worker(context, self.place, self._limits, lease_seconds=self._lease_seconds)

@@ -16,11 +16,14 @@ from typing import Any
 
 from agent.adapters.executor import ImageFacts
 from agent.domain.container import User, environment, inspection_environment
-from agent.domain.image import HEADER_BYTES, complaint
+from agent.domain.image import HEADER_BYTES, complaint, is_sif
 from agent.errors import ExecutorUnavailable, ImageError
 
 _NAMES = ("apptainer", "singularity")
-_ANSWER_SECONDS = 120.0
+# What hangs is done again early enough for the run to begin within a minute of the machine's coming back to life; what
+# looks into an image that is no SIF may have to unpack it first.
+_ANSWER_SECONDS = 30.0
+_UNPACKED_SECONDS = 120.0
 _ANSWER_MAX_BYTES = 1_000_000
 _NO_RUNSCRIPT = "There is no runscript defined for this container"
 _FUSE = Path("/dev/fuse")
@@ -110,7 +113,8 @@ async def inspect(program: Path, image: Path, user: User | None, temporary: Path
         raise ImageError(wrong)
     runtime = await version(program, temporary)
     asked = ["--silent", "--nocolor", "inspect", "--all", str(image)]
-    answer = await ask(program, asked, user=user, temporary=temporary)
+    seconds = _ANSWER_SECONDS if await asyncio.to_thread(_is_sif, image) else _UNPACKED_SECONDS
+    answer = await ask(program, asked, user=user, timeout_seconds=seconds, temporary=temporary)
     if answer.exit_code != 0:
         if "not recognized" in answer.stderr:
             raise ImageError(
@@ -192,6 +196,11 @@ def _file_complaint(image: Path) -> str | None:
             return complaint(file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size, platform.machine())
     except PermissionError:
         return "The agent may not read this file."
+
+
+def _is_sif(image: Path) -> bool:
+    with image.open("rb") as file:
+        return is_sif(file.read(HEADER_BYTES))
 
 
 def _attributes(document: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from collections.abc import Awaitable, Callable
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
+_UNFINISHED = ".part"
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_SYNC_FILE_RANGE_WRITE = 2  # of linux/fs.h
 _MOST_WAITING = 10_000
 
 
@@ -142,25 +146,43 @@ class Room:
         return Lack(needed, free, max(0, now.total - self._min_free)) if needed > free else None
 
 
-def write_whole(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Write a file whole and durably, or not at all.
+def write_whole(path: Path, content: bytes, mode: int = 0o644, *, durable: bool = True) -> None:
+    """Write a file whole, or not at all; and durably, unless it need not outlive the machine's own end.
 
     Raises:
         OSError: the disk refuses; what stood there before still does.
     """
-    part = path.with_name(f".{os.urandom(16).hex()}.part")
+    part = path.with_name(f".{os.urandom(16).hex()}{_UNFINISHED}")
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         part.rename(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    if durable:
+        sync_directory(path.parent)
+
+
+def begin_to_sync(descriptor: int, offset: int, count: int) -> None:
+    """Have the kernel begin to write a stretch of a file to the disk, so that a later fsync has little to wait for.
+
+    Where it refuses, that fsync waits for all of it.
+    """
+    _LIBC.sync_file_range(
+        ctypes.c_int(descriptor), ctypes.c_int64(offset), ctypes.c_int64(count), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE)
+    )
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove what was left of files that a killed process was writing whole. Nobody else may be writing there now."""
+    for path in directory.glob(f".*{_UNFINISHED}"):
+        path.unlink(missing_ok=True)
 
 
 def sync_directory(path: Path) -> None:

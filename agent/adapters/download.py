@@ -1,4 +1,8 @@
-"""Bring one Revision's bytes to disk, whole and verified, or not at all."""
+"""One Revision's bytes to disk, whole and verified, or not at all.
+
+Small objects and those of strangers come in one stream; large ones of the object store in ranges over several
+connections (`agent.adapters.ranged`), and what came of those is gone on with after an interruption.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,9 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,21 +22,25 @@ import aiohttp
 from yarl import URL
 
 from agent import __version__
-from agent.adapters.circuit import Circuit, ask, retry_after_seconds
+from agent.adapters.circuit import Circuit, ask
+from agent.adapters.lane import CONNECT_SECONDS, STALL_SECONDS
+from agent.adapters.lanes import Lanes, in_thread
+from agent.adapters.objects import Vouched, WrongBytes, refuse
+from agent.adapters.part import Part, bytes_on_disk
+from agent.adapters.ranged import Address, RangedDownload, range_bytes
 from agent.adapters.remote import RemoteGuard
+from agent.adapters.stream import beginning, save
+from agent.adapters.traffic import CONNECTIONS, Traffic
 from agent.errors import StorageError, StorageMismatch, StorageRefused, StorageUnavailable
 
-_CHUNK_BYTES = 1 << 20
-# No byte for so long: cut; a slow link is not a stall. Half a minute, so that what hung in a store is fetched again
-# within a minute of its coming back to life.
-_STALL_SECONDS = 30.0
-_CONNECT_SECONDS = 20.0
+RANGED_FROM_BYTES = 8 << 20
+"""From this size on an object comes in ranges, if its server can send them."""
+
 _MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_OK, _PARTIAL, _NO_SUCH_RANGE = 200, 206, 416
 _SENDABLE = re.compile(r"[!-~]+")
-_ERROR_BYTES = 4096
-_CODE = re.compile(rb"<Code>(\w{1,64})</Code>")
-_PLAIN_MD5 = re.compile(r'"?([0-9a-f]{32})"?')
+_SIZE_OF_ALL = re.compile(r"bytes 0-0/(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,30 +51,62 @@ class Fetched:
     sha256: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What is to be fetched: the arguments of `fetch`."""
+
+    address: Address
+    path: Path
+    remote: bool
+    progress: Callable[[int], None]
+    found: Callable[[int], None]
+    size: int | None
+    job: str
+
+    @property
+    def part(self) -> Path:
+        return part_of(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class _Large:
+    """An object that comes in ranges."""
+
+    size: int
+    vouched: Vouched
+    etag: str
+
+
 class Downloader:
     """Fetches from the object store, and from strangers' servers with more caution.
 
-    How many transfers there are at once is the callers' business: waiting here for a connection would look like an
-    outage. With a circuit, nothing is fetched from the object store while it is away; strangers' servers have none.
+    With a circuit, nothing is fetched from the object store while it is away; strangers' servers have none.
     """
 
     def __init__(
         self,
         remote_hosts: Sequence[str] = (),
-        stall_seconds: float = _STALL_SECONDS,
+        stall_seconds: float = STALL_SECONDS,
         remote_max_bytes: int | None = None,
         circuit: Circuit | None = None,
+        *,
+        traffic: Traffic | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
         self._stall_seconds = stall_seconds
         self._remote_max_bytes = remote_max_bytes
         self._guard = RemoteGuard(remote_hosts)
         self._circuit = circuit
+        self._traffic = traffic or Traffic()
+        self._own_lanes = None if lanes else Lanes(CONNECTIONS, stall_seconds=stall_seconds)
+        self._lanes = lanes or self._own_lanes or Lanes(CONNECTIONS)
         self._store = self._session(aiohttp.TCPConnector(limit=0))
         self._remote = self._session(aiohttp.TCPConnector(limit=0, resolver=self._guard, force_close=True))
 
     def _session(self, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=None, connect=_CONNECT_SECONDS, sock_read=self._stall_seconds),
+            # How many requests there are at once is the traffic's business: to wait here would look like an outage.
+            timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_SECONDS, sock_read=self._stall_seconds),
             headers={"Accept-Encoding": "identity", "User-Agent": f"ovation-agent/{__version__}"},
             # Where a server compresses all the same, the bytes are kept as sent: those are what it vouches for.
             auto_decompress=False,
@@ -85,30 +124,50 @@ class Downloader:
             await self._circuit.close()
         await self._store.close()
         await self._remote.close()
+        if self._own_lanes is not None:
+            self._own_lanes.close()
 
     async def fetch(
-        self, url: str, path: Path, *, remote: bool, name: str, progress: Callable[[int], None] = lambda _: None
+        self,
+        url: str,
+        path: Path,
+        *,
+        remote: bool,
+        name: str,
+        progress: Callable[[int], None] = lambda _: None,
+        found: Callable[[int], None] = lambda _: None,
+        size: int | None = None,
+        job: str = "",
+        renew: Callable[[], Awaitable[str]] | None = None,
     ) -> Fetched:
-        """Fetch `url` to `path` by way of a `.part` file, verified and renamed; after a failure there is neither.
+        """Fetch `url` to `path` by way of a `.part` file, verified, synced and renamed.
+
+        After a failure `path` is as it was. Of a large object of the store what came stays beside it, and the next
+        call for the same path and object goes on with it. The name in the directory is the caller's to make durable.
 
         Args:
             url: presigned, or a stranger's; carries no Ovation token and is never logged.
             path: where the file goes; its directory exists.
             remote: the address is a stranger's.
             name: what people call the file, for messages.
-            progress: told the number of bytes of each piece as it arrives.
+            progress: told the number of bytes of each piece as it arrives; negative, that they are worth nothing.
+            found: told the number of bytes that were on the disk already; negative, that they are worth nothing.
+            size: bytes, as far as they are known.
+            job: on whose account it is.
+            renew: returns another presigned address when this one has expired.
 
         Raises:
             StorageUnavailable: the object store is away or broke off, or the address has expired; try again.
-            StorageMismatch: the bytes did not arrive whole, are not the ones that the store says it has, or a
+            StorageMismatch: the bytes did not arrive whole, are not the ones that the store says it has, twice, or a
                 stranger's server is away.
             StorageRefused: the server refuses, or the address may not be read.
             OSError: this machine's disk refuses.
         """
         try:
-            address = _address(url)
-            async with self._while_there(address, remote=remote), self._translated(remote=remote):
-                return await self._fetch(address, path, remote=remote, progress=progress)
+            address = Address(_address(url), None if renew is None else functools.partial(_another, renew))
+            wanted = _Wanted(address, path, remote, progress, found, size, job)
+            async with self._while_there(address.url, remote=remote), self._translated(remote=remote):
+                return await self._fetch_twice(wanted)
         except StorageError as error:
             if not (isinstance(error, StorageUnavailable) and error.away):  # that is no matter of this one file
                 error.args = (f"{name}: {error}",)
@@ -126,7 +185,7 @@ class Downloader:
         try:
             yield
         except aiohttp.ConnectionTimeoutError:
-            raise away(f"no connection to its server within {_CONNECT_SECONDS:.0f} s") from None
+            raise away(f"no connection to its server within {CONNECT_SECONDS:.0f} s") from None
         except TimeoutError:
             raise away(f"no byte arrived for {self._stall_seconds:g} s") from None
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
@@ -137,19 +196,118 @@ class Downloader:
         except (aiohttp.ClientError, ConnectionError) as error:
             raise away(f"the transfer broke off ({type(error).__name__})") from None
 
-    async def _fetch(self, address: URL, path: Path, *, remote: bool, progress: Callable[[int], None]) -> Fetched:
-        session = self._remote if remote else self._store
-        for _ in range(_MAX_REDIRECTS + 1):
-            if remote:
-                self._guard.check(address)
-            async with session.get(address, allow_redirects=False) as response:
-                if response.status in _REDIRECTS and remote:
-                    address = address.join(_address(response.headers.get("Location", "")))
-                    continue
-                await _check_status(response, remote=remote)
-                most_bytes = self._remote_max_bytes if remote else None
-                return await _save(response, path, progress, vouched=not remote, most_bytes=most_bytes)
+    async def _fetch_twice(self, wanted: _Wanted) -> Fetched:
+        """Fetch it, and once more when other bytes came than the store vouches for."""
+        with suppress(WrongBytes):
+            return await self._fetch(wanted)
+        return await self._fetch(wanted)
+
+    async def _fetch(self, wanted: _Wanted) -> Fetched:
+        arrived = 0
+
+        def progress(count: int) -> None:
+            nonlocal arrived
+            arrived += count
+            wanted.progress(count)
+
+        try:
+            large = await self._ask_for_range(wanted)
+            come = await self._stream(wanted, progress) if large is None else large
+            if isinstance(come, _Large):
+                come = await self._ranges(wanted, come, progress)
+        except WrongBytes:
+            wanted.progress(-arrived)
+            raise
+        wanted.part.rename(wanted.path)
+        return come
+
+    async def _ask_for_range(self, wanted: _Wanted) -> _Large | None:
+        """Ask for the first byte of what is known to be large; return what its server says of it if it sends ranges."""
+        if wanted.remote or wanted.size is None or wanted.size < RANGED_FROM_BYTES:
+            return None
+        async with (
+            self._traffic.connection(wanted.job),
+            self._store.get(wanted.address.url, allow_redirects=False, headers={"Range": "bytes=0-0"}) as response,
+        ):
+            if response.status in {_OK, _NO_SUCH_RANGE}:
+                return None
+            if response.status != _PARTIAL:
+                refuse(response.status, response.headers, await beginning(response), remote=False)
+            total = _SIZE_OF_ALL.fullmatch(response.headers.get("Content-Range", ""))
+            vouched = Vouched.by(response.headers)
+            if total is None or vouched.etag is None:
+                return None
+            return _Large(int(total[1]), vouched, vouched.etag)
+
+    async def _stream(self, wanted: _Wanted, progress: Callable[[int], None]) -> Fetched | _Large:
+        """Fetch it in one stream, unless it turns out to be large."""
+        session, address = self._remote if wanted.remote else self._store, wanted.address.url
+        async with self._traffic.connection(wanted.job):
+            for _ in range(_MAX_REDIRECTS + 1):
+                if wanted.remote:
+                    self._guard.check(address)
+                async with session.get(address, allow_redirects=False) as response:
+                    if response.status in _REDIRECTS and wanted.remote:
+                        address = address.join(_address(response.headers.get("Location", "")))
+                        continue
+                    if response.status != _OK:
+                        said = b"" if wanted.remote else await beginning(response)
+                        refuse(response.status, response.headers, said, remote=wanted.remote)
+                    if large := _large(wanted, response):
+                        return large
+                    vouched = Vouched(None, None) if wanted.remote else Vouched.by(response.headers)
+                    most_bytes = self._remote_max_bytes if wanted.remote else None
+                    size, sha256 = await save(
+                        response, wanted.part, progress, self._traffic, vouched=vouched, most_bytes=most_bytes
+                    )
+                    return Fetched(size, sha256)
         raise StorageRefused(f"more than {_MAX_REDIRECTS} redirects")
+
+    async def _ranges(self, wanted: _Wanted, large: _Large, progress: Callable[[int], None]) -> Fetched:
+        """Fetch it in ranges; what came is kept for the next try, unless it is not what the store vouches for."""
+        length = range_bytes(large.size, self._traffic.job_connections)
+        part = await asyncio.to_thread(Part, wanted.part, large.size, large.etag, length)
+        try:
+            wanted.found(part.found)
+            download = RangedDownload(self._lanes, self._traffic, wanted.job, wanted.address, part, progress=progress)
+            algorithms = ("sha256",) if large.vouched.md5 is None else ("sha256", "md5")
+            sha256, *md5 = await download.run(*algorithms)
+            for each in md5:
+                large.vouched.compare(each)
+            await in_thread(part.sync)
+            part.forget()
+        except StorageMismatch:
+            part.discard()
+            wanted.found(-part.found)
+            raise
+        finally:
+            part.close()
+        return Fetched(large.size, sha256)
+
+
+def part_of(path: Path) -> Path:
+    """Return where the bytes of a file are before it is whole."""
+    return path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}.part")
+
+
+def partly_there(path: Path) -> int:
+    """Return how many bytes of a file that was not fetched to its end are on the disk."""
+    return bytes_on_disk(part_of(path))
+
+
+def _large(wanted: _Wanted, response: aiohttp.ClientResponse) -> _Large | None:
+    """Return what to fetch in ranges after all, if this answer is the beginning of a large object."""
+    length, vouched = response.content_length, Vouched.by(response.headers)
+    sends_ranges = response.headers.get("Accept-Ranges") == "bytes"
+    # Of what was known to be large, ranges were asked for already, in vain.
+    was_asked = wanted.size is not None and wanted.size >= RANGED_FROM_BYTES
+    if wanted.remote or was_asked or not sends_ranges or vouched.etag is None or length is None:
+        return None
+    return _Large(length, vouched, vouched.etag) if length >= RANGED_FROM_BYTES else None
+
+
+async def _another(renew: Callable[[], Awaitable[str]]) -> URL:
+    return _address(await renew())
 
 
 def _address(url: str) -> URL:
@@ -158,93 +316,3 @@ def _address(url: str) -> URL:
         return URL(url, encoded=_SENDABLE.fullmatch(url) is not None)
     except ValueError:
         raise StorageRefused("its address is not one that can be read") from None
-
-
-async def _check_status(response: aiohttp.ClientResponse, *, remote: bool) -> None:
-    status = response.status
-    if status == 200:  # noqa: PLR2004 HTTP's own number
-        return
-    whose = "its server" if remote else "the object store"
-    if status >= 500 or status in {408, 425, 429}:  # noqa: PLR2004 HTTP's own number
-        if remote:
-            raise StorageMismatch(f"{whose} answers {status}")
-        seconds = retry_after_seconds(response.headers.get("Retry-After"), datetime.now(UTC))
-        raise StorageUnavailable(f"{whose} answers {status}", retry_after_seconds=seconds)
-    said = b"" if remote else await _beginning(response)
-    if status in {400, 403} and b"expired" in said.lower():
-        raise StorageUnavailable(f"its address had expired ({whose} answers {status})")  # the next try has a fresh one
-    code = _CODE.search(said)
-    answer = f"{status} {code[1].decode()}" if code else str(status)
-    raise StorageRefused(f"its bytes are not there ({whose} answers {answer})")
-
-
-async def _beginning(response: aiohttp.ClientResponse) -> bytes:
-    """Return how an error's body begins; that it does not come is no error of its own."""
-    said = bytearray()
-    with suppress(TimeoutError, aiohttp.ClientError):
-        while len(said) < _ERROR_BYTES and (chunk := await response.content.read(_ERROR_BYTES - len(said))):
-            said += chunk
-    return bytes(said)
-
-
-async def _save(
-    response: aiohttp.ClientResponse,
-    path: Path,
-    progress: Callable[[int], None],
-    *,
-    vouched: bool,
-    most_bytes: int | None,
-) -> Fetched:
-    part = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}.part")
-    sha256, md5, size = hashlib.sha256(), hashlib.md5(usedforsecurity=False), 0
-    part.unlink(missing_ok=True)
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
-                _write(descriptor, chunk)
-                sha256.update(chunk)
-                md5.update(chunk)
-                size += len(chunk)
-                if most_bytes is not None and size > most_bytes:
-                    raise StorageRefused(f"it is larger than {most_bytes} bytes (AGENT_REMOTE_MAX_BYTES)")
-                progress(len(chunk))
-        finally:
-            os.close(descriptor)
-        _verify(response, size, md5.hexdigest() if vouched else None)
-        await asyncio.to_thread(_put_in_place, part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    return Fetched(size=size, sha256=sha256.hexdigest())
-
-
-def _write(descriptor: int, chunk: bytes) -> None:
-    view = memoryview(chunk)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def _verify(response: aiohttp.ClientResponse, size: int, md5: str | None) -> None:
-    """Compare with what the server says; a stranger's ETag may be anything, so it says nothing."""
-    promised = response.headers.get("Content-Length")
-    if promised is not None and int(promised) != size:
-        raise StorageMismatch(f"{size} of {promised} bytes arrived")
-    etag = _PLAIN_MD5.fullmatch(response.headers.get("ETag", ""))
-    encrypted_with_a_key = response.headers.get("x-amz-server-side-encryption", "AES256") != "AES256"
-    if md5 and etag and not encrypted_with_a_key and etag[1] != md5:
-        raise StorageMismatch(f"the bytes that arrived have MD5 {md5}, the object store says {etag[1]}")
-
-
-def _put_in_place(part: Path, path: Path) -> None:
-    _sync(part, os.O_RDONLY | os.O_NOFOLLOW)
-    part.rename(path)
-    _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

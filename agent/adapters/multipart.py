@@ -13,18 +13,9 @@ import tenacity
 from botocore.exceptions import BotoCoreError, ClientError
 
 from agent.adapters.ovation import Credentials
-from agent.adapters.store import (
-    ATTEMPTS,
-    Piece,
-    Source,
-    Store,
-    Sums,
-    code_of,
-    composite,
-    confirm,
-    is_away,
-    target,
-)
+from agent.adapters.sending import Sender
+from agent.adapters.store import ATTEMPTS, Store, code_of, is_away, target
+from agent.adapters.sums import Piece, Source, Sums, composite, confirm
 from agent.errors import StorageMismatch
 
 _ABORT_SECONDS = 10.0
@@ -52,12 +43,33 @@ class Parts:
     is_new: bool = True
 
 
-class PartsUpload:
-    """One object's upload in parts."""
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    """A part that the store has."""
 
-    def __init__(self, store: Store, client: Any, credentials: Credentials, options: dict[str, str]) -> None:
+    number: int
+    etag: str
+    sums: Sums
+
+
+class PartsUpload:
+    """One object's upload in parts, up to `at_once` of them at the same time."""
+
+    def __init__(
+        self,
+        store: Store,
+        sender: Sender,
+        client: Any,
+        credentials: Credentials,
+        options: dict[str, str],
+        at_once: int,
+        job: str,
+    ) -> None:
         self._store = store
+        self._sender = sender
         self._client = client
+        self._job = job
+        self._gate = asyncio.Semaphore(at_once)
         self._credentials = credentials
         self._target = target(credentials)
         self._options = options
@@ -75,16 +87,22 @@ class PartsUpload:
         if there is None:
             await self._begin(parts)
         sha256 = hashlib.sha256()
-        sent: list[dict[str, Any]] = []
-        seen: list[Sums] = []
-        for number in source.numbers:
-            piece = await source.piece(number, sha256)
-            etag = _etag_if_same((there or {}).get(number), piece) or await self._part(number, piece)
-            sent.append({"PartNumber": number, "ETag": etag, "ChecksumCRC32": piece.sums.crc32})
-            seen.append(piece.sums)
-            progress(len(piece.body))
+        arriving: list[asyncio.Task[_Arrived]] = []
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number in source.numbers:
+                    piece = await source.piece(number, sha256)  # one after the other, for the digest of the whole
+                    await self._gate.acquire()
+                    bringing = self._bring(number, piece, (there or {}).get(number), progress)
+                    arriving.append(group.create_task(bringing))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
         source.check()
-        await self._complete(sent, composite(seen), source.size)
+        parts_there = [each.result() for each in arriving]
+        listed = [
+            {"PartNumber": each.number, "ETag": each.etag, "ChecksumCRC32": each.sums.crc32} for each in parts_there
+        ]
+        await self._complete(listed, composite([each.sums for each in parts_there]), source.size)
         return sha256.hexdigest()
 
     async def abort(self) -> None:
@@ -137,19 +155,27 @@ class PartsUpload:
         if not await self._is_there(source.size, None):
             return None
         sha256 = hashlib.sha256()
-        seen = [(await source.piece(number, sha256)).sums for number in source.numbers]
-        return sha256.hexdigest() if await self._is_there(source.size, composite(seen)) else None
+        pieces = [await source.piece(number, sha256) for number in source.numbers]
+        found = [Sums(each.crc32, await each.md5()) for each in pieces]
+        return sha256.hexdigest() if await self._is_there(source.size, composite(found)) else None
 
-    async def _part(self, number: int, piece: Piece) -> str:
-        answer = await self._client.upload_part(
-            **self._target,
-            UploadId=self._upload_id,
-            PartNumber=number,
-            Body=piece.body,
-            ChecksumCRC32=piece.sums.crc32,
-        )
-        confirm(answer, piece.sums)
-        return str(answer["ETag"])
+    async def _bring(
+        self, number: int, piece: Piece, listed: dict[str, Any] | None, progress: Callable[[int], None]
+    ) -> _Arrived:
+        """Send a part, unless the store has it already."""
+        try:
+            answer, found = listed or {}, None
+            if listed is not None and listed.get("Size") == piece.span.length:
+                found = await _sums_if_same(listed, piece)
+            if found is None:
+                query = {"partNumber": str(number), "uploadId": str(self._upload_id)}
+                headers = {"x-amz-checksum-crc32": piece.crc32}
+                answer = await self._sender.put(self._credentials, piece.span, headers, query, self._job)
+                found = await piece.confirmed(answer)
+            progress(piece.span.length)
+            return _Arrived(number, str(answer["ETag"]), found)
+        finally:
+            self._gate.release()
 
     async def _complete(self, sent: list[dict[str, Any]], whole: Sums, size: int) -> None:
         try:
@@ -196,11 +222,10 @@ async def abort_all(client: Any, object_: dict[str, str], upload_id: str | None 
                 raise
 
 
-def _etag_if_same(listed: dict[str, Any] | None, piece: Piece) -> str | None:
-    """Return the ETag of a part that the store has, if it is the part of the file: by size and checksum."""
-    if listed is None or listed.get("Size") != len(piece.body):
-        return None
+async def _sums_if_same(listed: dict[str, Any], piece: Piece) -> Sums | None:
+    """Return the sums of a part that the store has, if it is the part of the file."""
     try:
-        return str(listed["ETag"]) if confirm(listed, piece.sums) else None
+        found = await piece.confirmed(listed)
+        return found if confirm(listed, found) else None
     except StorageMismatch:
         return None

@@ -148,11 +148,17 @@ class Ovation:
         if not isinstance(url, str) or not url:
             name = documents.text(attributes.get("name"), documents.identifier(revision))
             raise StorageRefused(f"{name}: Ovation names no address for its bytes")
-        if attributes.get("remote") or url not in self._connection.origins:
+        if self.is_remote(revision):
             return Download(url=url, remote=True)
         # The released client sends the token in the header and in the query; Ovation reads either.
         answer = await self._call("GET", url, token_in_query=True)
         return Download(url=documents.link(answer, "url"), remote=False)
+
+    def is_remote(self, revision: Mapping[str, Any]) -> bool:
+        """Say whether a Revision's bytes are a stranger's, who may serve others tomorrow."""
+        attributes = documents.attributes(revision)
+        url = attributes.get("url")
+        return bool(attributes.get("remote")) or not isinstance(url, str) or url not in self._connection.origins
 
     async def create(self, parent: Mapping[str, Any], kind: str, name: str) -> dict[str, Any]:
         """Make a File or Folder in a Project or Folder and return its document."""

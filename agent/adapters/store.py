@@ -1,26 +1,22 @@
-"""The object store: clients with temporary credentials, what its errors mean, and whether it has what was sent."""
+"""The object store: clients with temporary credentials, and what its errors mean."""
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import hashlib
-import os
-import re
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
+from urllib.parse import quote
 
+import aiohttp
 import botocore.exceptions
 from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession, get_session
 from yarl import URL
 
 from agent.adapters.circuit import Circuit, ask, retry_after_seconds
+from agent.adapters.lane import Broken
 from agent.adapters.ovation import Credentials
 from agent.errors import StorageError, StorageExpired, StorageMismatch, StorageRefused, StorageUnavailable
 from agent.settings import AwsSettings
@@ -56,9 +52,11 @@ _AWAY = (
     botocore.exceptions.ResponseStreamingError,
     TimeoutError,
     ConnectionError,
+    aiohttp.ClientError,
+    Broken,
 )
-_ANY = (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError, TimeoutError, ConnectionError)
-_MD5 = re.compile(r'"?([0-9a-f]{32}(?:-[0-9]+)?)"?')
+_ANY = (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError, *_AWAY)
+_KEY = "key"
 
 
 class Store:
@@ -68,6 +66,21 @@ class Store:
         self._settings = settings
         self._circuit = circuit
         self._session: AioSession = get_session()
+        self._buckets: dict[str, str] = {}  # the address of each bucket's objects, but for the key
+
+    @property
+    def region(self) -> str:
+        """What requests are signed for."""
+        return self._settings.default_region
+
+    async def address(self, credentials: Credentials) -> URL:
+        """Return where the object is."""
+        if credentials.bucket not in self._buckets:
+            async with self.client(credentials) as client:
+                there = {"Bucket": credentials.bucket, "Key": _KEY}
+                presigned: str = await client.generate_presigned_url("put_object", Params=there)
+            self._buckets[credentials.bucket] = presigned.partition("?")[0].removesuffix(_KEY)
+        return URL(self._buckets[credentials.bucket] + quote(credentials.key, safe="/~"), encoded=True)
 
     def while_there(self) -> AbstractAsyncContextManager[None]:
         """Enter to use the store: refused while it is away, and how that ends tells whether it is."""
@@ -135,6 +148,8 @@ def code_of(error: botocore.exceptions.ClientError) -> str:
 def _meaning(error: Exception) -> tuple[type[StorageError], str]:
     if isinstance(error, botocore.exceptions.ClientError):
         return _refusal(error)
+    if isinstance(error, Broken):
+        return StorageUnavailable, f"the object store cannot be reached: {error}"
     if isinstance(error, _AWAY):
         return StorageUnavailable, f"the object store cannot be reached ({type(error).__name__})"
     # Only its kind is told: what it says may repeat what it was given.
@@ -161,101 +176,3 @@ def _retry_after_seconds(error: Exception) -> float | None:
         return None
     headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     return retry_after_seconds(headers.get("retry-after"), datetime.now(UTC))
-
-
-class Sums(NamedTuple):
-    """What the store says of bytes that it has: their CRC32 in base64, their MD5 as an ETag without quotes."""
-
-    crc32: str
-    etag: str
-
-
-def sums(body: bytes) -> Sums:
-    """Return what the store is to say of these bytes."""
-    crc32 = base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode()
-    return Sums(crc32, hashlib.md5(body, usedforsecurity=False).hexdigest())
-
-
-def composite(parts: Sequence[Sums]) -> Sums:
-    """Return what the store is to say of an object that was sent in these parts: the sums of their sums."""
-    whole = sums(b"".join(base64.b64decode(part.crc32) for part in parts))
-    digest = hashlib.md5(b"".join(bytes.fromhex(part.etag) for part in parts), usedforsecurity=False)
-    return Sums(f"{whole.crc32}-{len(parts)}", f"{digest.hexdigest()}-{len(parts)}")
-
-
-def confirm(answer: Mapping[str, Any], sent: Sums) -> bool:
-    """Compare what the store says it has with what was sent; return whether it said anything that tells.
-
-    An ETag is an MD5 unless the object is encrypted with a key of somebody's own.
-
-    Raises:
-        StorageMismatch: it has other bytes.
-    """
-    in_parts = "-" in sent.crc32
-    told = False
-    crc32 = answer.get("ChecksumCRC32")
-    if crc32 is not None and not (in_parts and answer.get("ChecksumType") == "FULL_OBJECT"):
-        told = True
-        if crc32.partition("-")[0] != sent.crc32.partition("-")[0]:
-            raise StorageMismatch(f"the object store has bytes with CRC32 {crc32}, sent were {sent.crc32}")
-    etag = _MD5.fullmatch(str(answer.get("ETag", "")))
-    plain = answer.get("ServerSideEncryption", "AES256") == "AES256"
-    if etag is not None and plain and ("-" in etag[1]) == in_parts:
-        told = True
-        if etag[1] != sent.etag:
-            raise StorageMismatch(f"the object store has bytes with MD5 {etag[1]}, sent were {sent.etag}")
-    return told
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Bytes of a file that go to the store in one request."""
-
-    body: bytes = field(repr=False)
-    sums: Sums
-
-
-class Source:
-    """A file on its way, in pieces of `length` bytes; the last may be shorter."""
-
-    def __init__(self, descriptor: int, size: int, length: int) -> None:
-        self._descriptor = descriptor
-        self._length = max(1, length)
-        self.size = size
-
-    @property
-    def numbers(self) -> range:
-        """The numbers of the pieces, from 1; a file without bytes is one piece."""
-        return range(1, max(1, -(-self.size // self._length)) + 1)
-
-    async def piece(self, number: int, sha256: hashlib._Hash) -> Piece:
-        """Read a piece and let `sha256` see it.
-
-        Raises:
-            StorageMismatch: the file is shorter than it was.
-        """
-        return await asyncio.to_thread(self._read, number, sha256)
-
-    def check(self) -> None:
-        """Go on only if the file still has its size.
-
-        Raises:
-            StorageMismatch: it has not.
-        """
-        size = os.fstat(self._descriptor).st_size
-        if size != self.size:
-            raise StorageMismatch(f"it has {size} bytes now, {self.size} when its delivery began: it was changed")
-
-    def _read(self, number: int, sha256: hashlib._Hash) -> Piece:
-        offset = (number - 1) * self._length
-        end = min(offset + self._length, self.size)
-        read = []
-        while offset < end:
-            some = os.pread(self._descriptor, end - offset, offset)
-            if not some:
-                raise StorageMismatch("it became shorter while it was read")
-            read.append(some)
-            offset += len(some)
-        body = b"".join(read)
-        sha256.update(body)
-        return Piece(body, sums(body))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from agent.adapters.cache import Cache
 from agent.adapters.disk import Room
 from agent.adapters.download import Downloader
 from agent.adapters.executor import Executor, RunRequest
@@ -17,6 +18,7 @@ from agent.db.jobs import Claim, Jobs
 from agent.db.outputs import Outputs
 from agent.domain.job import Job, Outcome
 from agent.domain.workdir import Layout
+from agent.pipeline.progress import Progress
 from agent.settings import AgentSettings
 
 
@@ -32,6 +34,7 @@ class Context:
     uploader: Uploader
     executor: Executor
     room: Room
+    cache: Cache
 
     def layout(self, job: Job) -> Layout:
         """Return where the job's files are."""
@@ -57,21 +60,8 @@ class Context:
             related=Path(layout.related),
             time_limit_seconds=self.settings.time_limit_seconds,
             network=self.settings.network,
+            max_log_bytes=self.settings.max_log_bytes,
         )
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far a step is; the worker writes it down now and then."""
-
-    files_total: int = 0
-    bytes_total: int = 0
-    files_done: int = 0
-    bytes_done: int = 0
-
-    def add_bytes(self, count: int) -> None:
-        """Count bytes that passed."""
-        self.bytes_done += count
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from agent.pipeline.folders import Folders
 from agent.pipeline.transfer import Transfers
 from agent.pipeline.under_way import UploadsUnderWay
 
-_AT_ONCE = 8
+_AT_ONCE = 32  # most of the time of a small file is spent waiting for Ovation
 _IN_A_ROW = 3  # outputs for which a party is away, after which it is taken to be away for the others too
 _NOT_THE_FILES_FAULT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})

@@ -6,7 +6,6 @@ import asyncio
 import errno
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict
 
 from agent.db.jobs import Claim, LeaseLost
 from agent.domain.job import Done, Failed, Fault, FaultClass, Outage, Outcome, State, Verdict
@@ -22,6 +21,7 @@ from agent.logs import logger
 from agent.pipeline.collect import collect
 from agent.pipeline.context import Context, Control, Step
 from agent.pipeline.launch import launch
+from agent.pipeline.progress import Meter
 from agent.pipeline.report import report
 from agent.pipeline.stage import stage
 from agent.pipeline.watch import watch
@@ -118,6 +118,7 @@ async def _keep(
 ) -> None:
     """Renew the lease and write the progress down until cancelled; raise when the lease is lost."""
     renewed = time.monotonic()
+    meter = Meter(control.progress)
     written: Mapping[str, object] = {}
     while True:
         await asyncio.sleep(_PROGRESS_SECONDS)
@@ -127,8 +128,8 @@ async def _keep(
                 if await context.jobs.renew(claim, lease_seconds):
                     control.cancelled.set()
                 renewed = asked_at
-            progress = asdict(control.progress)
-            if progress != written and any(progress.values()):
+            progress = meter.read(time.monotonic())
+            if progress and progress != written:
                 await context.jobs.progress(claim, progress)
                 written = progress
         except LeaseLost:

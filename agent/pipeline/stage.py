@@ -14,27 +14,23 @@ from typing import Any
 import tenacity
 
 from agent.adapters.disk import write_whole
-from agent.adapters.download import Fetched
+from agent.adapters.download import Fetched, part_of, partly_there
 from agent.adapters.files import remove_tree
+from agent.adapters.objects import WrongBytes
+from agent.adapters.part import journal_of
 from agent.db.jobs import Claim
 from agent.domain.activity import Upload
 from agent.domain.job import Done, Failed, Fault, FaultClass, Job, NotYet, Outcome, PlannedFile
 from agent.errors import AgentError, OvationError, OvationNotFound, StorageError, StorageMismatch, StorageRefused
 from agent.pipeline.context import Context, Control
-from agent.pipeline.staged import (
-    Record,
-    Staged,
-    append,
-    prepare,
-    read_record,
-    remove_work,
-    settle,
-    tidy,
-    write_manifests,
-)
+from agent.pipeline.landing import Landing
+from agent.pipeline.staged import Record, Staged, prepare, read_record, remove_work, tidy, write_manifests
 
-_READ_AT_ONCE = 8
-_FETCHED_AT_ONCE = 4
+CACHED_FROM_BYTES = 1 << 20
+"""A smaller file is fetched as fast as it is found in the cache."""
+
+_READ_AT_ONCE = 16
+_FETCHED_AT_ONCE = 16
 _UPLOAD_WAIT_SECONDS = 10.0
 _ROOM_WAIT_SECONDS = 30.0
 
@@ -60,6 +56,11 @@ class _Found:
     content: bytes | None = None
 
 
+def _may_pass(error: BaseException) -> bool:
+    """Say whether to try a transfer again at once. Wrong bytes have come twice by now: that is the step's business."""
+    return isinstance(error, StorageError) and error.transient and not isinstance(error, WrongBytes)
+
+
 class _StillUploading(Exception):
     """The plan's Revision has no bytes yet."""
 
@@ -80,6 +81,7 @@ class _Staging:
         self._job = job
         self._progress = control.progress
         self._root = Path(context.layout(job).root)
+        self._landing = Landing(self._root)
         self._record: Record = {}
         self._found: dict[_Wanted, _Found] = {}
         self._errors: list[Exception] = []
@@ -88,7 +90,7 @@ class _Staging:
     async def run(self) -> Outcome:
         plan = self._job.plan
         wanted = [_Wanted("inputs", file) for file in plan.inputs] + [_Wanted("related", file) for file in plan.related]
-        self._record = await asyncio.to_thread(self._take_stock)
+        self._record = await asyncio.to_thread(self._take_stock, wanted)
         lacking = [each for each in wanted if each.key not in self._record]
         self._progress.files_total = len(wanted)
         self._progress.files_done = len(wanted) - len(lacking)
@@ -99,20 +101,21 @@ class _Staging:
         await self._for_each(lacking, self._read, _READ_AT_ONCE)
         if self._halted:
             return self._outcome()
-        needed = sum(found.size or 0 for found in self._found.values())
-        if wait := await self._wait_for_room(needed):
+        if wait := await self._wait_for_room(await asyncio.to_thread(self._needed)):
             return wait
-        self._progress.bytes_total = needed
+        self._progress.bytes_total = sum(found.size or 0 for found in self._found.values())
         await asyncio.to_thread(prepare, self._root)
-        await self._for_each(list(self._found), self._fetch, _FETCHED_AT_ONCE)
+        largest_first = sorted(self._found, key=lambda each: -(self._found[each].size or 0))
+        await self._for_each(largest_first, self._fetch, _FETCHED_AT_ONCE)
         if self._errors:
             return self._outcome()
         await asyncio.to_thread(self._close, wanted)
         return Done()
 
-    def _take_stock(self) -> Record:
+    def _take_stock(self, wanted: list[_Wanted]) -> Record:
         record = read_record(self._root)
-        tidy(self._root, record, self._job.launch)
+        parts = [part_of(self._path(each)) for each in wanted if each.key not in record]
+        tidy(self._root, record, self._job.launch, unfinished={*parts, *map(journal_of, parts)})
         return record
 
     def _close(self, wanted: list[_Wanted]) -> None:
@@ -191,26 +194,43 @@ class _Staging:
 
     async def _fetch(self, each: _Wanted) -> None:
         file, found = each.planned, self._found[each]
-        path = self._root / each.folder / file.file_name
+        path = self._path(each)
         if found.content is not None:
             await asyncio.to_thread(write_whole, path, found.content)
             self._landed(found, len(found.content))
             fetched = Fetched(len(found.content), hashlib.sha256(found.content).hexdigest())
+        elif self._is_kept(found):
+            fetched = await self._from_cache(each, found, path)
         else:
             fetched = await self._transfer(path, file.name, found)
-            await asyncio.to_thread(settle, path)
-        staged = Staged(each.folder, file.file_name, file.name, file.type, file.entity_id, fetched.size, fetched.sha256)
-        await asyncio.to_thread(append, self._root, staged)
+        await self._landing.land(
+            Staged(each.folder, file.file_name, file.name, file.type, file.entity_id, fetched.size, fetched.sha256)
+        )
         self._progress.files_done += 1
+
+    async def _from_cache(self, each: _Wanted, found: _Found, path: Path) -> Fetched:
+        """Have a Revision from the cache, which fetches it once for all who want it."""
+        file, arrived = each.planned, 0
+
+        async def fetch(target: Path) -> Fetched:
+            nonlocal arrived
+            fetched = await self._transfer(target, file.name, found)
+            arrived = fetched.size
+            return fetched
+
+        fetched = await self._context.cache.stage(file.entity_id, path, fetch, name=file.name)
+        if not arrived:
+            self._landed(found, fetched.size)  # somebody else fetched it
+        return fetched
 
     @tenacity.retry(
         stop=tenacity.stop_after_attempt(3),
         wait=tenacity.wait_random_exponential(multiplier=0.2, max=3),
-        retry=tenacity.retry_if_exception(lambda error: isinstance(error, StorageError) and error.transient),
+        retry=tenacity.retry_if_exception(_may_pass),
         reraise=True,
     )
     async def _transfer(self, path: Path, name: str, found: _Found) -> Fetched:
-        context, arrived = self._context, 0
+        context, arrived, there = self._context, 0, 0
 
         def progress(count: int) -> None:
             nonlocal arrived
@@ -218,19 +238,56 @@ class _Staging:
             self._landed(found, count)
             context.room.check()
 
+        def was_there(count: int) -> None:
+            nonlocal there
+            there += count
+            self._progress.add_bytes(count)
+
+        async def renew() -> str:
+            return (await context.ovation.download(found.document)).url
+
         try:
             source = await context.ovation.download(found.document)  # anew each time: the address expires
             fetched = await context.downloader.fetch(
-                source.url, path, remote=source.remote, name=name, progress=progress
+                source.url,
+                path,
+                remote=source.remote,
+                name=name,
+                progress=progress,
+                found=was_there,
+                size=found.size,
+                job=self._job.id,
+                renew=renew,
             )
         except BaseException:
             self._landed(found, -arrived)
+            self._progress.add_bytes(-there)
             raise
         if found.size in {None, fetched.size}:
             return fetched
         await asyncio.to_thread(path.unlink, missing_ok=True)
         self._landed(found, -arrived)
         raise StorageMismatch(f"{name}: {fetched.size} bytes arrived, Ovation says {found.size}")
+
+    def _is_kept(self, found: _Found) -> bool:
+        """Say whether a file is worth a place in the cache. What a stranger serves may be another tomorrow."""
+        large = found.size is None or found.size >= CACHED_FROM_BYTES
+        return large and not self._context.ovation.is_remote(found.document)
+
+    def _path(self, each: _Wanted) -> Path:
+        return self._root / each.folder / each.planned.file_name
+
+    def _needed(self) -> int:
+        """Return how many bytes there must be room for: those that are not on the disk yet."""
+        cache, needed = self._context.cache, 0
+        for each, found in self._found.items():
+            there = 0
+            if found.content is None and self._is_kept(found):
+                there = cache.spares(each.planned.entity_id, self._root.parent)
+            elif found.content is None:
+                there = partly_there(self._path(each))
+            needed += max(0, (found.size or 0) - there)
+        return needed
 
     def _landed(self, found: _Found, count: int) -> None:
         """Count bytes; those of a file whose size nobody knew were not promised either."""

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,12 +60,15 @@ def _parse(root: Path, content: bytes) -> Record:
     return found
 
 
-def tidy(root: Path, record: Record, launch: int) -> None:
-    """Remove what takes room for nothing: files that do not count, and what earlier launches wrote but their logs."""
+def tidy(root: Path, record: Record, launch: int, unfinished: Container[Path] = ()) -> None:
+    """Remove what takes room for nothing: files that do not count, and what earlier launches wrote but their logs.
+
+    What `unfinished` names stays: fetching goes on with it.
+    """
     for folder in FOLDERS:
         with suppress(FileNotFoundError):
             for path in list((root / folder).iterdir()):
-                if (folder, path.name) not in record:
+                if (folder, path.name) not in record and path not in unfinished:
                     remove_tree(path)
     for number, directory in runs(root):
         if number < launch:
@@ -82,28 +85,19 @@ def prepare(root: Path) -> None:
     sync_directory(root.parent)
 
 
-def settle(path: Path) -> None:
-    """Open a file that was fetched to the container's user, durably; its bytes and its name are so already."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.fchmod(descriptor, 0o644)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def append(root: Path, staged: Staged) -> None:
-    """Have a file count, now that it is in its place.
+def append(root: Path, group: Iterable[Staged]) -> None:
+    """Have files count, now that they are in their places.
 
     Raises:
-        OSError: the disk refuses; the file does not count.
+        OSError: the disk refuses; they do not count.
     """
     # A line feed on either side: what a full disk cut short must not swallow the line after it.
-    line = memoryview(f"\n{json.dumps(asdict(staged))}\n".encode())
+    lines = "".join(f"\n{json.dumps(asdict(staged))}\n" for staged in group)
+    left = memoryview(lines.encode())
     descriptor = os.open(root / _RECORD, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        while line:
-            line = line[os.write(descriptor, line) :]
+        while left:
+            left = left[os.write(descriptor, left) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

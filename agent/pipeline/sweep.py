@@ -7,8 +7,8 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from enum import Enum, auto
 from pathlib import Path
 from typing import NoReturn
@@ -61,6 +61,7 @@ async def sweep(context: Context, place: str) -> NoReturn:
     while True:
         try:
             await sweeper.sweep()
+            await sweeper.sweep_cache()
             seconds = sweeper.period_seconds
         except DatabaseError:  # whoever cannot work without it says so
             seconds = min(sweeper.period_seconds, _AGAIN_SECONDS)
@@ -103,7 +104,14 @@ class Sweeper:
                 _tell(counts)
 
     async def make_room(self, enough: Callable[[], bool]) -> None:
-        """Remove the files of failed runs that are only kept to be looked at, oldest first, until it is enough."""
+        """Remove what is kept for nobody's work until it is enough.
+
+        What is only kept to be quick goes before the files of failed runs, at which somebody may want to look; of both,
+        the oldest first.
+        """
+        with self._complaining("cache"):
+            if freed := await self._context.cache.make_room(lambda _: enough()):
+                logger().info("cache_evicted", bytes=freed)
         async with self._lock:
             counts: Counter[str] = Counter()
             with suppress(DatabaseError):
@@ -119,6 +127,18 @@ class Sweeper:
                     if await self._remove_work(name):
                         counts["files of failed runs, for room"] += 1
             _tell(counts)
+
+    async def sweep_cache(self) -> None:
+        """Remove what was begun for the cache and never came to an end."""
+        with self._complaining("cache"):
+            await self._context.cache.sweep()
+
+    @contextmanager
+    def _complaining(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._complain(name, error)
 
     async def _guarded(self, name: str, job: OnDisk | None) -> str | None:
         """Do what is to be done with one directory, and say what was."""

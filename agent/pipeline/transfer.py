@@ -21,7 +21,7 @@ from agent.adapters.upload import Uploader, content_type, goes_in_parts, part_by
 from agent.db.outputs import Output
 from agent.domain.activity import Upload
 from agent.errors import OvationNotFound, StorageExpired, StorageMismatch
-from agent.pipeline.context import Progress
+from agent.pipeline.progress import Progress
 from agent.pipeline.under_way import UnderWay, UploadsUnderWay
 
 _REVISIONS_MOST = 3  # of one File in one try of the step: credentials may expire in the middle of a large upload

@@ -45,16 +45,16 @@ class UploadsUnderWay:
         return await asyncio.to_thread(self._read, output)
 
     async def write(self, output: Output, under_way: UnderWay) -> None:
-        """Make it durable.
+        """Write it down; durably, if it goes in parts: one that goes in a single request is soon sent again.
 
         Raises:
             OSError: the disk refuses.
         """
         content = json.dumps({"kind": output.kind, "path": output.path, **asdict(under_way)})
-        await asyncio.to_thread(self._write, output, content.encode())
+        await asyncio.to_thread(self._write, output, content.encode(), durable=under_way.part_bytes is not None)
 
     async def try_write(self, output: Output, under_way: UnderWay) -> bool:
-        """Make it durable if there is room: a full disk must not keep results from leaving it."""
+        """Write it down if there is room: a full disk must not keep results from leaving it."""
         try:
             await self.write(output, under_way)
         except OSError as error:
@@ -85,11 +85,11 @@ class UploadsUnderWay:
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
 
-    def _write(self, output: Output, content: bytes) -> None:
+    def _write(self, output: Output, content: bytes, *, durable: bool) -> None:
         if not self._directory.exists():
             self._directory.mkdir(mode=0o700, exist_ok=True)
             sync_directory(self._directory.parent)
-        write_whole(self._file(output), content, 0o600)
+        write_whole(self._file(output), content, 0o600, durable=durable)
 
     def _remove_empty(self) -> None:
         try:

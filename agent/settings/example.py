@@ -26,9 +26,11 @@ _EXAMPLES: dict[str, Any] = {
     "jwt_public_key": "-----BEGIN PUBLIC KEY-----\n...\n-----END PUBLIC KEY-----\n",
     "aws_endpoint_url_s3": "https://s3.example.org",
     "agent_database_url": "postgresql://agent:password@db.example.org/agent",
+    "agent_cache_dir": "/srv/ovation-cache",
     "agent_webhook_username": "...",
     "agent_webhook_password": "...",
     "agent_admin_token": "...",
+    "agent_max_bytes_per_second": 100_000_000,
 }
 _WIDTH = 116
 

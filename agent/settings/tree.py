@@ -93,6 +93,14 @@ class AgentSettings(_Group):
         None, description="A PostgreSQL server. Unset: an embedded one under the data directory."
     )
     data_dir: Directory = Field(Path("data"), description="Work directories and the embedded database.")
+    cache_dir: Directory | None = Field(
+        None,
+        description="Where fetched Revisions are kept for other runs. Unset: `cache` in the data directory. Several"
+        " agents on one file system may share one.",
+    )
+    cache_max_bytes: Bytes = Field(
+        50_000_000_000, description="How large the cache of Revisions may grow; 0 keeps nothing."
+    )
     webhook_username: UserName | None = Field(
         None, description="User name that webhooks must carry (basic auth). Research webhooks send their key as both."
     )
@@ -120,7 +128,15 @@ class AgentSettings(_Group):
     max_staging: Count = Field(4, description="Jobs that fetch their files at the same time.")
     max_running: Count = Field(2, description="Containers that run at the same time.")
     max_collecting: Count = Field(4, description="Jobs that deliver their outputs at the same time.")
+    max_connections: Count = Field(32, description="Connections to the object store at the same time, for all jobs.")
+    max_job_connections: Count = Field(8, description="Connections to the object store at the same time, for one job.")
+    max_bytes_per_second: Count | None = Field(
+        None, description="Bytes a second that downloads and uploads may take together. Unset: no limit."
+    )
     time_limit_seconds: SomeSeconds = Field(86_400, description="Wall time of a container.")
+    max_log_bytes: Bytes = Field(
+        1_000_000_000, description="Size of a container's stdout or stderr past which it is ended."
+    )
     network: Literal["none", "host"] = Field("none", description="What containers may reach.")
     container_user: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,9}:[1-9][0-9]{0,9}$")] = Field(
         "65534:65534", description="Numeric uid:gid that containers run as when the agent is root. Never 0."
@@ -170,6 +186,11 @@ class AgentSettings(_Group):
     def admin_token_file(self) -> Path:
         """Where the agent keeps the bearer token for `/api` that it made."""
         return self.data_dir / "admin-token"
+
+    @property
+    def cache_directory(self) -> Path:
+        """Where fetched Revisions are kept."""
+        return (self.cache_dir or self.data_dir / "cache").absolute()
 
     @property
     def address_file(self) -> Path:

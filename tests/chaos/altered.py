@@ -1,8 +1,9 @@
 """What an agent of a test has otherwise than the product, named by its environment; without these, nothing.
 
-CHAOS_POISON          a file name: whoever opens a file that is called so is killed
+CHAOS_POISON          a file name: whoever opens a file that is called so, or calls one so, is killed
 CHAOS_LEASE_SECONDS   how long a job stays an agent's after it was last heard of
 CHAOS_GONE_SECONDS    after how long an agent that was not seen is taken for gone
+CHAOS_STALL_SECONDS   for how long a server that says nothing is waited for
 CHAOS_ROOM_SECONDS    after how long a job that waits for room on the disk looks again
 CHAOS_SITE            a Python file that is run first, as `sitecustomize` would be
 """
@@ -28,6 +29,8 @@ def install(environment: Mapping[str, str]) -> None:
         _lease(float(seconds))
     if seconds := environment.get("CHAOS_GONE_SECONDS"):
         _gone(float(seconds))
+    if seconds := environment.get("CHAOS_STALL_SECONDS"):
+        _stall(float(seconds))
     if seconds := environment.get("CHAOS_ROOM_SECONDS"):
         from agent.pipeline import stage
 
@@ -35,15 +38,23 @@ def install(environment: Mapping[str, str]) -> None:
 
 
 def _poison(name: str) -> None:
-    opened = os.open
+    opened, renamed = os.open, os.rename
 
-    def wrapper(path: Any, *rest: Any, **named: Any) -> int:
+    def taste(path: Any) -> None:
         if isinstance(path, str | os.PathLike) and Path(os.fspath(path)).name == name:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def open_(path: Any, *rest: Any, **named: Any) -> int:
+        taste(path)
         return opened(path, *rest, **named)
 
-    os.open = wrapper
-    os.supports_dir_fd.add(wrapper)
+    def rename(source: Any, target: Any, **named: Any) -> None:
+        taste(target)
+        renamed(source, target, **named)
+
+    os.open = open_
+    vars(os)["rename"] = rename
+    os.supports_dir_fd |= {open_, rename}
 
 
 def _lease(seconds: float) -> None:
@@ -62,3 +73,22 @@ def _gone(seconds: float) -> None:
 
     worker._SEEN_SECONDS *= seconds / jobs.AGENT_GONE.total_seconds()
     jobs.AGENT_GONE = timedelta(seconds=seconds)
+
+
+def _stall(seconds: float) -> None:
+    from agent.adapters import download, lane, lanes, ovation_answers, sending, store
+
+    before = lane.STALL_SECONDS
+    names = {"_STALL_SECONDS", "_CONNECT_SECONDS", "_ANSWER_SECONDS", "STALL_SECONDS", "CONNECT_SECONDS"}
+    for module in (download, lane, lanes, ovation_answers, sending, store):
+        vars(module).update(dict.fromkeys(names & vars(module).keys(), seconds))
+    _default(download.Downloader.__init__, before, seconds)
+    defaults = lanes.Lanes.__init__.__kwdefaults__
+    assert defaults is not None
+    defaults.update(connect_seconds=seconds, stall_seconds=seconds)
+
+
+def _default(function: Any, before: float, now: float) -> None:
+    """Change what a parameter of a function is when it is not given."""
+    assert before in function.__defaults__
+    function.__defaults__ = tuple(now if each == before else each for each in function.__defaults__)

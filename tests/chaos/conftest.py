@@ -17,10 +17,6 @@ LONG = os.environ.get("CHAOS") == "long"
 SEED = int(os.environ.get("CHAOS_SEED") or (secrets.randbelow(1_000_000) if LONG else 1))
 
 
-# Until it has been seen to pass on a calm machine again and again, it belongs to the long form alone.
-collect_ignore = [] if LONG else ["test_failpoints.py"]
-
-
 @pytest.fixture(scope="session")
 def long_form() -> bool:
     """Whether this is `make chaos`, which takes the time that it takes."""

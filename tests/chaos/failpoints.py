@@ -24,6 +24,7 @@ import aiohttp
 import asyncpg
 from yarl import URL
 
+from agent.adapters import lane
 from agent.db import database
 from tests.chaos import filepoints
 from tests.chaos.points import Plan, Points
@@ -92,6 +93,15 @@ def _around_requests(points: Points) -> None:
             return await original(session, method, url, **named)
 
     aiohttp.ClientSession._request = wrapper  # type: ignore[assignment,method-assign]
+    through_lane = lane.Lane._answer
+
+    def answer(self: lane.Lane, method: str, target: str, *rest: Any) -> Any:
+        if method in _READS_ONLY:
+            return through_lane(self, method, target, *rest)
+        with points.around(f"http:{called(method, self.origin.join(URL(target, encoded=True)))}"):
+            return through_lane(self, method, target, *rest)
+
+    lane.Lane._answer = answer  # type: ignore[assignment,method-assign]
 
 
 def _around_programs(points: Points) -> None:

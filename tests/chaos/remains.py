@@ -6,8 +6,10 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-_AGENTS_OWN = frozenset({"lock", "place", "jobs", "checks", "agent.json", "admin-token"})
-"""What an agent keeps in its data directory, whatever runs there were; the directories among these are empty then."""
+from agent.adapters.shelf import Shelf
+
+_AGENTS_OWN = frozenset({"lock", "place", "jobs", "checks", "cache", "agent.json", "admin-token"})
+"""What an agent keeps in its data directory, whatever runs there were. But for the cache, its directories are empty."""
 
 
 def on_disk(data_dirs: Sequence[Path], temporary: Sequence[Path]) -> Iterator[str]:
@@ -18,8 +20,19 @@ def on_disk(data_dirs: Sequence[Path], temporary: Sequence[Path]) -> Iterator[st
         for each in (*sorted((data / "jobs").glob("*")), *sorted((data / "checks").glob("*"))):
             files = sorted(str(path.relative_to(each)) for path in each.rglob("*"))
             yield f"{each} is left behind, with {', '.join(files[:20]) or 'nothing in it'}"
+        yield from _in_the_cache(data / "cache")
     for directory in temporary:
         yield from (f"{each} is left behind" for each in sorted(directory.glob("*")))
+
+
+def _in_the_cache(directory: Path) -> Iterator[str]:
+    """Return what is wrong with a cache when nobody uses it."""
+    shelf = Shelf(directory)
+    for entry in shelf.entries():
+        if entry.in_use:
+            yield f"{entry.name} in {directory} is in use, and no run is left"
+        if not shelf.is_whole(entry):
+            yield f"{entry.name} in {directory} is damaged"
 
 
 def processes(directory: Path, allowed: Collection[int]) -> Iterator[str]:

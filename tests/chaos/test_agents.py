@@ -110,7 +110,7 @@ async def _fetches(one: Chaos, name: str, size: int) -> None:
     """Wait until an agent has so many bytes of what comes slowly."""
 
     async def look() -> bool | None:
-        parts = (one.data_dir(name) / "jobs").glob("*/inputs/.*.part")
+        parts = one.data_dir(name).rglob(".*.part")
         return any(part.stat().st_size >= size for part in parts) or None
 
     await until(look, f"{name} has {size} bytes of slow.bin", one.agents[name].log, 120)

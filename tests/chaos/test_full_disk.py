@@ -39,7 +39,7 @@ async def _fill(chaos: Chaos, disk: SmallDisk) -> None:
     """One run is being staged, one runs and ends on the full disk, one is being delivered and need not wait."""
     faults = chaos.lab.sandbox.faults
     faults.add(FaultKind.LATENCY, "^PUT .*/large", target="store", seconds=4, times=2)
-    faults.add(FaultKind.DRIP, "^GET .*large.bin", target="store", bytes_per_second=4 * MB, times=1)
+    drip = faults.add(FaultKind.DRIP, "^GET .*large.bin", target="store", bytes_per_second=MB)
     delivered = chaos.activity(LARGE)
     runs = chaos.activity(_WAITS_FOR_A_SIGN)
     await reaches(chaos, delivered, {"collecting"})
@@ -47,6 +47,7 @@ async def _fill(chaos: Chaos, disk: SmallDisk) -> None:
     staged = chaos.activity(_COUNTS, inputs=[chaos.lab.revision("large.bin", b"l" * _LARGE_INPUT_BYTES)])
     inputs = await _half_staged(chaos, staged)
     filler = await asyncio.to_thread(disk.fill)
+    faults.remove(drip.id)
     (await _job(chaos, runs) / "inputs" / "sign").touch()
     await _waits_for_room(chaos, staged)
     assert sorted(path.name for path in inputs.iterdir()) in (["script.sh"], [])
@@ -74,7 +75,7 @@ async def _half_staged(chaos: Chaos, activity_id: str) -> Path:
     inputs = await _job(chaos, activity_id) / "inputs"
 
     async def look() -> bool | None:
-        return any(part.stat().st_size >= _LARGE_INPUT_BYTES // 2 for part in inputs.glob(".*.part")) or None
+        return any(part.stat().st_size >= _LARGE_INPUT_BYTES // 2 for part in chaos.data_dir().rglob(".*.part")) or None
 
     await until(look, "half of a large input", chaos.logs[-1])
     return inputs

@@ -6,6 +6,7 @@ the way.
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
@@ -135,6 +136,7 @@ async def _led(chaos: Chaos, way: Way, death: Death) -> AsyncIterator[Agent]:
     faults = chaos.lab.sandbox.faults
     activity_id = chaos.activity(way.work) if way.work else ""
     name = f"fresh-{chaos.faults}" if way is Way.FRESH and death.point else "a"
+    shutil.rmtree(chaos.data_dir(name) / "cache", ignore_errors=True)  # or nothing would be fetched any more
     delay = None
     if way is Way.SLOW:
         delay = faults.add(FaultKind.LATENCY, r"GET .*image\.sif", target="store", seconds=_SLOW_SECONDS)

@@ -18,6 +18,7 @@ from unittest import mock
 from botocore.retries.standard import ExponentialBackoff
 
 from agent.adapters import upload
+from agent.adapters.cache import Cache
 from agent.adapters.disk import Room
 from agent.adapters.download import Downloader
 from agent.adapters.local import LocalExecutor
@@ -68,9 +69,12 @@ async def opened(where: Where) -> AsyncIterator[tuple[Database, Context]]:
             outputs=Outputs(database),
             ovation=await stack.enter_async_context(Ovation.open(OvationSettings.model_validate(where.ovation))),
             downloader=await stack.enter_async_context(Downloader()),
-            uploader=Uploader(AwsSettings(endpoint_url_s3=where.store_url, default_region=REGION)),
+            uploader=await stack.enter_async_context(
+                Uploader(AwsSettings(endpoint_url_s3=where.store_url, default_region=REGION))
+            ),
             executor=LocalExecutor(),
             room=Room(Path(where.data_dir), 0),
+            cache=Cache(Path(where.data_dir) / "cache", 0),
         )
         yield database, context
 

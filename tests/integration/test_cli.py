@@ -446,3 +446,10 @@ async def test_somebody_else_at_the_address(sandbox: Sandbox, tmp_path: Path, mo
         with pytest.raises(AgentRefused) as caught:
             await client.get("api", "jobs")
     assert sandbox.api_url in str(caught.value) or "Not found" in str(caught.value)
+
+
+def test_the_command_line_loads_nothing_that_it_does_not_need() -> None:
+    heavy = "aiohttp aiobotocore asyncpg botocore pydantic rich structlog"
+    code = f"import sys, agent.cli; print(sorted(set({heavy.split()!r}) & sys.modules.keys()))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"

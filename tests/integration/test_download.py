@@ -104,8 +104,6 @@ async def test_a_name_of_255_bytes(sandbox: Sandbox, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "error", "words"),
     [
-        ({"kind": "truncate", "after_bytes": 1000}, StorageMismatch, "have MD5"),
-        ({"kind": "corrupt", "after_bytes": 1000}, StorageMismatch, "have MD5"),
         ({"kind": "close", "after_bytes": 1000}, StorageUnavailable, "broke off"),
         ({"kind": "reset", "after_bytes": 1000}, StorageUnavailable, "broke off"),
         ({"kind": "expired_url"}, StorageUnavailable, "address had expired"),

@@ -103,7 +103,7 @@ async def stages_slowly(lab: Lab, bytes_per_second: int, size: int) -> tuple[str
     inputs = lab.data_dir / "jobs" / job["id"] / "inputs"
 
     async def comes() -> bool | None:
-        return ((inputs / "small.bin").exists() and any(inputs.glob(".*.part"))) or None
+        return ((inputs / "small.bin").exists() and any(lab.data_dir.rglob(".*.part"))) or None
 
     await until(comes, "one file in place, one on its way", lab.agent.log)
     return activity_id, inputs

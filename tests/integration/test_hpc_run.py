@@ -220,7 +220,8 @@ async def test_files_and_bytes_are_told(lab: Lab, person: Person) -> None:
     finally:
         lab.sandbox.faults.remove(fault.id)
     assert done.code == 0
-    assert re.search(r"\tstaging\t\d of 4 files, [\d.]+ [kM]?B of [\d.]+ MB$", done.out, re.MULTILINE), done.out
+    how_far = r"\tstaging\t\d of 4 files, [\d.]+ [kM]?B of [\d.]+ MB, [\d.]+ [kM]?B/s, 0:00:0\d left$"
+    assert re.search(how_far, done.out, re.MULTILINE), done.out
 
 
 async def test_interrupted_the_job_goes_on_and_is_found_again(lab: Lab, person: Person) -> None:

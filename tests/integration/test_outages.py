@@ -16,11 +16,11 @@ import tenacity
 from aiohttp import web
 from structlog.testing import capture_logs
 
+from agent.adapters import apptainer, lane, local, ovation_answers, ovation_http
 from agent.adapters import circuit as circuit_module
-from agent.adapters import download as download_module
-from agent.adapters import ovation_answers, ovation_http
 from agent.adapters.circuit import Circuit
 from agent.adapters.download import Downloader
+from agent.adapters.objects import AddressExpired
 from agent.adapters.ovation import Ovation
 from agent.db.database import Database
 from agent.db.reconciliations import Reconciliations
@@ -350,7 +350,9 @@ def test_what_hangs_is_done_again_within_a_minute() -> None:
     assert probe + wait <= 30
     assert ovation_http._LAST_ATTEMPT_SECONDS + ovation_answers._ANSWER_SECONDS <= 45
     assert ovation_answers._ANSWER_SECONDS + probe <= 45
-    assert download_module._STALL_SECONDS + probe <= 45
+    assert lane.STALL_SECONDS + probe <= 45
+    assert apptainer._ANSWER_SECONDS <= 45
+    assert local._HANDSHAKE_SECONDS <= 45
 
 
 async def test_an_answer_that_keeps_arriving_is_not_cut_and_one_that_hardly_does_is(
@@ -563,8 +565,8 @@ async def test_a_strangers_server_has_no_circuit(tmp_path: Path, lines: list[Any
 @pytest.mark.parametrize(
     ("status", "code", "message", "kind", "words"),
     [
-        (403, "AccessDenied", "Request has expired", StorageUnavailable, "had expired"),
-        (400, "ExpiredToken", "The provided token has expired.", StorageUnavailable, "had expired"),
+        (403, "AccessDenied", "Request has expired", AddressExpired, "had expired"),
+        (400, "ExpiredToken", "The provided token has expired.", AddressExpired, "had expired"),
         (403, "AccessDenied", "Access Denied", StorageRefused, "answers 403 AccessDenied"),
         (404, "NoSuchKey", "", StorageRefused, "answers 404 NoSuchKey"),
         (400, "", "", StorageRefused, "answers 400"),

@@ -108,7 +108,7 @@ async def test_staging_goes_on_where_it_stopped(lab: Lab) -> None:
     inputs = lab.data_dir / "jobs" / job["id"] / "inputs"
 
     async def half() -> bool | None:
-        return ((inputs / "small.bin").exists() and any(inputs.glob(".*.part"))) or None
+        return ((inputs / "small.bin").exists() and any(lab.data_dir.rglob(".*.part"))) or None
 
     await until(half, "one file in place, one on its way", lab.agent.log)
     inode = (inputs / "small.bin").stat().st_ino

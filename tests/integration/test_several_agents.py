@@ -108,7 +108,7 @@ class Fleet:
         inputs = self.jobs_directory(await self.holder(job["id"])) / job["id"] / "inputs"
 
         async def comes() -> bool | None:
-            return ((inputs / "small.bin").exists() and any(inputs.glob(".*.part"))) or None
+            return ((inputs / "small.bin").exists() and any(inputs.parents[2].rglob(".*.part"))) or None
 
         await until(comes, "one file in place, one on its way", self.agents[0].log)
         return activity_id, job["id"], inputs

@@ -16,10 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.adapters import multipart, store
+from agent.adapters import multipart, sending, store, sums
 from agent.adapters.multipart import Parts
 from agent.adapters.ovation import Credentials, Ovation
-from agent.adapters.store import Sums
 from agent.adapters.upload import Uploader, content_type, part_bytes
 from agent.errors import StorageError, StorageExpired, StorageMismatch, StorageRefused, StorageUnavailable
 from agent.sandbox.server import Sandbox
@@ -69,14 +68,15 @@ class Output:
         settings = AwsSettings(endpoint_url_s3=endpoint or self.sandbox.s3_url, default_region=REGION)
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            return await Uploader(settings).upload(
-                descriptor,
-                os.fstat(descriptor).st_size if size is None else size,
-                credentials or self.credentials,
-                content_type(self.path.name),
-                progress or self.progress.append,
-                parts=parts,
-            )
+            async with Uploader(settings) as uploader:
+                return await uploader.upload(
+                    descriptor,
+                    os.fstat(descriptor).st_size if size is None else size,
+                    credentials or self.credentials,
+                    content_type(self.path.name),
+                    progress or self.progress.append,
+                    parts=parts,
+                )
         finally:
             os.close(descriptor)
 
@@ -93,7 +93,8 @@ class Output:
 
     async def abort(self, upload_id: str | None, credentials: Credentials | None = None) -> None:
         settings = AwsSettings(endpoint_url_s3=self.sandbox.s3_url, default_region=REGION)
-        await Uploader(settings).abort(credentials or self.credentials, upload_id)
+        async with Uploader(settings) as uploader:
+            await uploader.abort(credentials or self.credentials, upload_id)
 
     async def complete(self) -> dict[str, Any]:
         async with Ovation.open(ovation_settings(self.sandbox)) as ovation:
@@ -245,7 +246,7 @@ async def test_the_store_compares_the_checksum_itself(
     sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     output = await Output.begin(sandbox, tmp_path / "x", content_of(size))
-    monkeypatch.setattr(store, "sums", lambda _: Sums("AAAAAA==", "0" * 32))
+    monkeypatch.setattr(sums, "_base64", lambda _: "AAAAAA==")
     await output.refused(StorageMismatch, "BadDigest")
 
 
@@ -298,6 +299,8 @@ async def test_a_store_that_says_nothing_is_not_waited_for_for_ever(
     sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     monkeypatch.setattr(store, "_STALL_SECONDS", 0.3)
+    monkeypatch.setattr(sending, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(sending, "CONNECT_SECONDS", 0.3)
     output = await Output.begin(sandbox, tmp_path / "x", content_of(size))
     fault = sandbox.faults.add("black_hole", target="store", path="PUT |POST ")
     await asyncio.wait_for(output.refused(StorageUnavailable, "cannot be reached"), 60)
@@ -373,7 +376,8 @@ async def interrupted(output: Output, part: int, kept: list[str]) -> Parts:
         kept.append(upload_id)
 
     task = asyncio.create_task(output.upload(parts=Parts(BORDER, keep=keep)))
-    await until(lambda: fault.hits, 30)
+    others = [each for each in range(1, -(-output.path.stat().st_size // BORDER) + 1) if each != part]
+    await until(lambda: fault.hits and len(output.progress) == len(others), 30)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -564,16 +568,16 @@ async def test_what_the_store_says_it_has_is_compared(
 @given(st.binary(max_size=100), st.integers(1, 40))
 def test_the_sums_of_parts_are_those_of_s3(content: bytes, length: int) -> None:
     pieces = [content[at : at + length] for at in range(0, len(content), length)] or [b""]
-    whole = store.composite([store.sums(piece) for piece in pieces])
+    whole = sums.composite([sums.sums(piece) for piece in pieces])
     expected = hashlib.md5(b"".join(hashlib.md5(piece).digest() for piece in pieces)).hexdigest()  # noqa: S324
     assert whole.etag == f"{expected}-{len(pieces)}"
     said = {"ETag": f'"{whole.etag}"', "ChecksumCRC32": whole.crc32}
-    assert store.confirm(said, whole)
-    assert store.confirm({"ChecksumCRC32": whole.crc32.partition("-")[0]}, whole)
-    assert not store.confirm({"ChecksumCRC32": "other", "ChecksumType": "FULL_OBJECT"}, whole)
+    assert sums.confirm(said, whole)
+    assert sums.confirm({"ChecksumCRC32": whole.crc32.partition("-")[0]}, whole)
+    assert not sums.confirm({"ChecksumCRC32": "other", "ChecksumType": "FULL_OBJECT"}, whole)
     for wrong in ({"ETag": f'"{"f" * 32}-{len(pieces)}"'}, {"ChecksumCRC32": f"////-{len(pieces)}"}):
         with pytest.raises(StorageMismatch):
-            store.confirm(said | wrong, whole)
+            sums.confirm(said | wrong, whole)
 
 
 async def test_a_file_that_shrinks_is_told(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -597,7 +601,6 @@ async def test_a_file_that_grows_is_told(sandbox: Sandbox, tmp_path: Path, size:
 
 
 async def test_many_at_once_with_one_uploader(sandbox: Sandbox, tmp_path: Path) -> None:
-    uploader = Uploader(AwsSettings(endpoint_url_s3=sandbox.s3_url, default_region=REGION))
     outputs = [await Output.begin(sandbox, tmp_path / f"{number}", content_of(number)) for number in range(8)]
 
     async def one(output: Output) -> None:
@@ -607,7 +610,8 @@ async def test_many_at_once_with_one_uploader(sandbox: Sandbox, tmp_path: Path) 
         finally:
             os.close(descriptor)
 
-    await asyncio.gather(*map(one, outputs))
+    async with Uploader(AwsSettings(endpoint_url_s3=sandbox.s3_url, default_region=REGION)) as uploader:
+        await asyncio.gather(*map(one, outputs))
     for output in outputs:
         assert (await output.stored())["Content"] == output.path.read_bytes()
 
@@ -619,15 +623,15 @@ from agent.adapters.upload import Uploader
 from agent.settings import AwsSettings
 async def main():
     given = json.loads(sys.stdin.read())
-    uploader = Uploader(AwsSettings(endpoint_url_s3=given["endpoint"], default_region="us-east-1"))
     credentials = Credentials(**given["credentials"])
     async def upload(path):
         descriptor = os.open(path, os.O_RDONLY)
         return await uploader.upload(descriptor, os.fstat(descriptor).st_size, credentials, "text/plain")
-    await upload(given["small"])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    sha256 = await upload(given["large"])
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    async with Uploader(AwsSettings(endpoint_url_s3=given["endpoint"], default_region="us-east-1")) as uploader:
+        await upload(given["small"])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        sha256 = await upload(given["large"])
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps([sha256, after - before]))
 asyncio.run(main())
 """

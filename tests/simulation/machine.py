@@ -181,7 +181,7 @@ class SimulatedExecutor:
     def __init__(self, world: World, machine: Machine, process: Process) -> None:
         self._world = world
         self._machine = machine
-        self._wire = Wire(world, process, Party.RUNTIME, silence_seconds=60.0)
+        self._wire = Wire(world, process, Party.RUNTIME, silence_seconds=30.0)
 
     async def check(self) -> str:
         """Return the runtime's name."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
-from agent.adapters import download
+from agent.adapters import stream
+from agent.adapters.objects import Vouched
 from agent.db.database import Queries
 from agent.db.jobs import Claim, Jobs
 from agent.domain import decide
@@ -39,8 +40,10 @@ def _delivers_without_looking() -> AbstractContextManager[Any]:
     return mock.patch.object(Folders, "__init__", blind)
 
 
-def _believes_downloads() -> AbstractContextManager[Any]:
-    return mock.patch.object(download, "_verify")
+@contextmanager
+def _believes_downloads() -> Iterator[None]:
+    with mock.patch.object(Vouched, "compare"), mock.patch.object(stream, "_check_length"):
+        yield
 
 
 def _counts_outages() -> AbstractContextManager[Any]:

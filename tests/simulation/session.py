@@ -7,7 +7,7 @@ import json as jsonlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import aiohttp
 from multidict import CIMultiDict
@@ -26,6 +26,8 @@ class Request:
     method: str
     url: URL
     json: Any = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,8 @@ class Response:
         self.status = reply.status
         self.headers = CIMultiDict(reply.headers)
         self.content = _Content(reply)
+        length = self.headers.get("Content-Length")
+        self.content_length = None if length is None else int(length)
 
     async def read(self) -> bytes:
         """Return the whole body."""
@@ -96,11 +100,14 @@ class Session:
         *,
         json: Any = None,
         params: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        data: IO[bytes] | None = None,
         **_: Any,
     ) -> AbstractAsyncContextManager[Response]:
-        """Send a request; headers and redirects are of no concern here."""
+        """Send a request; redirects are of no concern here."""
         address = URL(url).update_query(params) if params else URL(url)
-        return self._send(Request(method, address, json))
+        body = b"" if data is None else data.read()
+        return self._send(Request(method, address, json, CIMultiDict(headers or {}), body))
 
     def get(self, url: URL | str, **options: Any) -> AbstractAsyncContextManager[Response]:
         """Send a GET."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import botocore.exceptions
 
-from agent.adapters.store import Sums, composite, sums
+from agent.adapters.sums import Sums, composite, sums
 from tests.simulation.session import Reply, Request
 from tests.simulation.wire import Broken, Wire
 from tests.simulation.world import Fate, World
@@ -68,7 +68,9 @@ class Store:
         }
 
     def serve(self, request: Request) -> Reply:
-        """Answer a download."""
+        """Answer a download, or take a body."""
+        if request.method == "PUT":
+            return self._take(request)
         if "X-Amz-Expires" not in request.url.query:
             return Reply(403, b"<Code>AccessDenied</Code>")
         if float(request.url.query["X-Amz-Expires"]) < self._world.now:
@@ -79,6 +81,23 @@ class Store:
             return Reply(404)
         headers = {"Content-Length": str(len(content)), "ETag": f'"{hashlib.md5(content).hexdigest()}"'}  # noqa: S324 it is S3's
         return self._spoilt(key, content, headers) or Reply(200, content, headers)
+
+    def _take(self, request: Request) -> Reply:
+        """Take an object, or a part of one."""
+        key, query = request.url.path.lstrip("/"), request.url.query
+        if float(request.headers["X-Amz-Security-Token"]) < self._world.now:
+            return _refused("ExpiredToken", 400)
+        found = sums(request.body)
+        if request.headers["x-amz-checksum-crc32"] != found.crc32:
+            return _refused("BadDigest", 400)
+        if "uploadId" not in query:
+            self.objects[key] = request.body
+        elif query["uploadId"] in self.uploads:
+            self.uploads[query["uploadId"]].parts[int(query["partNumber"])] = request.body
+        else:
+            return _refused("NoSuchUpload", 404)
+        told = {"ETag": f'"{found.etag}"', "x-amz-checksum-crc32": found.crc32}
+        return Reply(200, b"", {**told, "x-amz-server-side-encryption": "AES256"})
 
     def _spoilt(self, key: str, content: bytes, headers: dict[str, str]) -> Reply | None:
         """Return what arrives instead, now and then; not so often that an input could be taken for broken."""
@@ -92,8 +111,8 @@ class Store:
                 return Reply(200, content, headers, breaks_off=True)
             case "short":
                 return Reply(200, content[:-1], headers)
-            case "other":
-                return Reply(200, bytes(each ^ 1 for each in content), headers)
+            case "other":  # never the same twice: that would be the store's own
+                return Reply(200, bytes(each ^ 1 << self.spoils[key] for each in content), headers)
         return _EXPIRED
 
 
@@ -123,12 +142,8 @@ class _Client:
         self._wire = wire
         self._until = until
 
-    async def put_object(self, *, Key: str, Body: bytes, **_: Any) -> _Answer:
-        def put() -> _Answer:
-            self._store.objects[Key] = Body
-            return _told(sums(Body))
-
-        return await self._ask(f"PUT {Key}", put)
+    async def generate_presigned_url(self, _: str, *, Params: dict[str, str]) -> str:
+        return f"{STORE}/{Params['Key']}?signed"
 
     async def head_object(self, *, Key: str, **_: Any) -> _Answer:
         def head() -> _Answer:
@@ -147,13 +162,6 @@ class _Client:
             return {"UploadId": upload_id}
 
         return await self._ask(f"POST {Key}?uploads", create)
-
-    async def upload_part(self, *, Key: str, UploadId: str, PartNumber: int, Body: bytes, **_: Any) -> _Answer:
-        def put() -> _Answer:
-            self._store.upload(UploadId).parts[PartNumber] = Body
-            return _told(sums(Body))
-
-        return await self._ask(f"PUT {Key}?part {PartNumber}", put)
 
     async def complete_multipart_upload(
         self, *, Key: str, UploadId: str, MultipartUpload: dict[str, Any], **_: Any
@@ -216,6 +224,10 @@ class _Pages:
 
 def _told(found: Sums) -> _Answer:
     return {"ETag": f'"{found.etag}"', "ChecksumCRC32": found.crc32, "ServerSideEncryption": "AES256"}
+
+
+def _refused(code: str, status: int) -> Reply:
+    return Reply(status, f"<Error><Code>{code}</Code></Error>".encode())
 
 
 def _refusal(code: str, status: int) -> Any:

@@ -273,7 +273,7 @@ def test_a_file_counts_only_after_its_bytes_and_its_name_are_durable(
 def put(root: Path, name: str, content: bytes = b"some data") -> Staged:
     staged = Staged("inputs", name, name, "Revision", f"id of {name}", len(content), "0" * 64)
     write_whole(root / "inputs" / name, content)
-    append(root, staged)
+    append(root, [staged])
     return staged
 
 

@@ -7,6 +7,8 @@ import errno
 import hashlib
 import os
 from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,12 +17,14 @@ from typing import Any, cast
 import pytest
 import tenacity
 
+from agent.adapters.cache import Cache
 from agent.adapters.disk import Room, Space
 from agent.adapters.download import Fetched
 from agent.adapters.ovation import Download
 from agent.db.jobs import Claim
 from agent.domain.job import Done, Failed, FaultClass, Job, NotYet, Outcome, Plan, PlannedFile, State
 from agent.errors import OvationNotFound, OvationUnavailable, StorageMismatch, StorageUnavailable
+from agent.pipeline import landing
 from agent.pipeline import stage as stage_module
 from agent.pipeline import staged as staged_module
 from agent.pipeline.context import Context, Control
@@ -56,13 +60,15 @@ class World:
             uploader=cast("Any", None),
             executor=cast("Any", None),
             room=self.room,
+            cache=Cache(directory / "cache", 0),
         )
 
     @property
     def free(self) -> int:
         folders = [self.directory / "jobs" / job / folder for job in (JOB, OTHER) for folder in ("inputs", "related")]
+        folders.append(self.directory / "cache" / "incoming")
         names = [path for folder in folders if folder.exists() for path in folder.iterdir()]
-        return self.free_at_first - sum(path.stat().st_size for path in names if path.name != ".manifest.json")
+        return self.free_at_first - sum(map(_size, names))
 
     async def entity(self, organization: int, entity_id: str) -> dict[str, Any]:
         assert organization == 7
@@ -75,7 +81,11 @@ class World:
     async def download(self, document: dict[str, Any]) -> Download:
         return Download(str(document["_id"]), remote=False)
 
-    async def fetch(self, url: str, path: Path, *, remote: bool, name: str, progress: Any) -> Fetched:
+    def is_remote(self, document: dict[str, Any]) -> bool:
+        del document
+        return False
+
+    async def fetch(self, url: str, path: Path, *, remote: bool, name: str, progress: Any, **_: Any) -> Fetched:
         assert not remote
         assert name
         self.fetched.append(url)
@@ -129,6 +139,13 @@ class World:
     def on_disk(self, job_id: str = JOB) -> set[str]:
         root = self.directory / "jobs" / job_id
         return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+
+def _size(path: Path) -> int:
+    """Return a file's size; one that is being renamed has none at this place."""
+    with suppress(FileNotFoundError):
+        return 0 if path.name == ".manifest.json" else path.stat().st_size
+    return 0
 
 
 def planned(entity_id: str) -> PlannedFile:
@@ -204,14 +221,17 @@ async def test_who_waits_with_files_keeps_them_and_its_place(tmp_path: Path) -> 
     assert world.fetched.count("300-a") == 1
 
 
-async def test_two_that_wait_for_each_others_room_do_not_wait_for_ever(tmp_path: Path) -> None:
+async def test_two_that_wait_for_each_others_room_do_not_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_module, "_FETCHED_AT_ONCE", 1)
     world = World(tmp_path, free=3000)
-    jobs = [world.job("300-a", "400-b"), world.job("300-a", "400-b", job_id=OTHER)]
+    jobs = [world.job("400-a", "300-b"), world.job("400-a", "300-b", job_id=OTHER)]
     for job in jobs:
-        world.errors["400-b"] = [OSError(errno.ENOSPC, "No space left on device")]
+        world.errors["300-b"] = [OSError(errno.ENOSPC, "No space left on device")]
         with pytest.raises(OSError, match="No space left"):
             await world.stage(job)
-    world.free_at_first = 1000  # 300 are on the disk for each; each needs 500 more
+    world.free_at_first = 1000  # 400 are on the disk for each; each needs 400 more
     outcomes = [await world.stage(job) for job in jobs]
     assert [each.elsewhere for each in outcomes if isinstance(each, NotYet)] == [False, True]
     assert not (tmp_path / "jobs" / OTHER).exists()
@@ -249,13 +269,14 @@ async def test_what_is_gone_for_good_ends_everything_at_once(world: World) -> No
     assert world.fetched == []
 
 
-async def test_while_a_party_is_away_nothing_more_is_begun(world: World) -> None:
-    ids = [f"10-{number}" for number in range(20)]
-    world.errors["10-0"] = [StorageUnavailable("away") for _ in range(3)]
+async def test_while_a_party_is_away_nothing_more_is_begun(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_module, "_FETCHED_AT_ONCE", 4)
+    ids = [f"200-{number}" for number in range(20)]  # larger than the image: the largest come first
+    world.errors["200-0"] = [StorageUnavailable("away") for _ in range(3)]
     for entity_id in ids[1:4]:
         world.gates[entity_id] = asyncio.Event()
     staging = asyncio.create_task(world.stage(world.job(*ids)))
-    await world.gave_up["10-0"].wait()
+    await world.gave_up["200-0"].wait()
     for gate in world.gates.values():
         gate.set()
     with pytest.raises(StorageUnavailable):
@@ -294,13 +315,13 @@ async def test_a_length_that_nobody_knows_is_met_on_the_way(tmp_path: Path, told
 async def test_what_could_not_be_recorded_does_not_count(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     append = staged_module.append
 
-    def full(root: Path, staged: Staged) -> None:
-        if staged.id == "10-a":
+    def full(root: Path, group: Sequence[Staged]) -> None:
+        if "10-a" in {staged.id for staged in group}:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        append(root, staged)
+        append(root, group)
 
     with monkeypatch.context() as patched:
-        patched.setattr(stage_module, "append", full)
+        patched.setattr(landing, "append", full)
         with pytest.raises(OSError, match="No space left"):
             await world.stage(world.job("10-a"))
     assert "inputs/10-a.csv" not in world.there()
@@ -310,12 +331,13 @@ async def test_what_could_not_be_recorded_does_not_count(world: World, monkeypat
 async def test_files_that_disappear_meanwhile_are_noticed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     append = staged_module.append
 
-    def removed(root: Path, staged: Staged) -> None:
-        append(root, staged)
-        (root / staged.folder / staged.file_name).unlink()
+    def removed(root: Path, group: Sequence[Staged]) -> None:
+        append(root, group)
+        for staged in group:
+            (root / staged.folder / staged.file_name).unlink()
 
     with monkeypatch.context() as patched:
-        patched.setattr(stage_module, "append", removed)
+        patched.setattr(landing, "append", removed)
         with pytest.raises(OSError, match="disappeared"):
             await world.stage(world.job("10-a"))
     assert await world.stage(world.job("10-a")) == Done()

@@ -14,6 +14,7 @@ from typing import Any, cast
 import pytest
 import structlog
 
+from agent.adapters.cache import Cache
 from agent.adapters.disk import Room, Space
 from agent.adapters.executor import Ended, Ending, Running, RunRequest, Status
 from agent.adapters.files import remove_tree
@@ -111,6 +112,7 @@ class World:
             uploader=cast("Any", None),
             executor=LocalExecutor(),
             room=self.room,
+            cache=Cache(data_dir / "cache", 0),
         )
 
     def ended(self, seconds: float, state: State = State.FAILED, place: str = HERE) -> str:
