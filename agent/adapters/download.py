@@ -23,7 +23,7 @@ from yarl import URL
 
 from agent import __version__
 from agent.adapters.circuit import Circuit, ask
-from agent.adapters.lane import CONNECT_SECONDS, STALL_SECONDS
+from agent.adapters.lane import CONNECT_SECONDS, KEPT_SECONDS, STALL_SECONDS
 from agent.adapters.lanes import Lanes, in_thread
 from agent.adapters.objects import Vouched, WrongBytes, refuse
 from agent.adapters.part import Part, bytes_on_disk
@@ -100,7 +100,7 @@ class Downloader:
         self._traffic = traffic or Traffic()
         self._own_lanes = None if lanes else Lanes(CONNECTIONS, stall_seconds=stall_seconds)
         self._lanes = lanes or self._own_lanes or Lanes(CONNECTIONS)
-        self._store = self._session(aiohttp.TCPConnector(limit=0))
+        self._store = self._session(aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_SECONDS))
         self._remote = self._session(aiohttp.TCPConnector(limit=0, resolver=self._guard, force_close=True))
 
     def _session(self, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:

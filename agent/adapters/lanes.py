@@ -14,10 +14,9 @@ from typing import TypeVar
 
 from yarl import URL
 
-from agent.adapters.lane import CONNECT_SECONDS, STALL_SECONDS, Lane
+from agent.adapters.lane import CONNECT_SECONDS, KEPT_SECONDS, STALL_SECONDS, Lane
 
 _T = TypeVar("_T")
-_KEPT_SECONDS = 15.0  # servers close what is idle; S3 does so after some 20 s
 
 
 class Lanes:
@@ -69,7 +68,7 @@ class Lanes:
 
     def _take(self, origin: URL) -> Lane:
         """Return the lane that was used last, or a new one; close those that have been idle for long."""
-        expired = time.monotonic() - _KEPT_SECONDS
+        expired = time.monotonic() - KEPT_SECONDS
         with self._lock:
             kept = self._idle[origin]
             old = [lane for lane in kept if lane.idle_since < expired]

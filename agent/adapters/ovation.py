@@ -14,6 +14,7 @@ import aiohttp
 from agent import __version__
 from agent.adapters import documents
 from agent.adapters.circuit import Circuit
+from agent.adapters.lane import KEPT_SECONDS
 from agent.adapters.ovation_http import Connection
 from agent.domain.activity import Activity, Listed
 from agent.errors import OvationNotFound, StorageRefused
@@ -59,7 +60,7 @@ class Ovation:
             timeout=aiohttp.ClientTimeout(total=None, connect=10, sock_read=30),
             headers={"Accept": "application/json", "User-Agent": f"ovation-agent/{__version__}"},
             # Whoever calls bounds how much it asks at once; waiting for a connection here would look like an outage.
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_SECONDS),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
         return cls(settings, http, Connection(settings, http, circuit=circuit))

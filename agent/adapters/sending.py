@@ -24,7 +24,7 @@ from botocore.credentials import ReadOnlyCredentials
 from yarl import URL
 
 from agent import __version__
-from agent.adapters.lane import CONNECT_SECONDS, STALL_SECONDS, Lane, Span
+from agent.adapters.lane import CONNECT_SECONDS, KEPT_SECONDS, STALL_SECONDS, Lane, Span
 from agent.adapters.lanes import Lanes
 from agent.adapters.objects import ERROR_BYTES, code_in
 from agent.adapters.ovation import Credentials
@@ -140,7 +140,7 @@ class Sender:
         if self._http is None:
             self._http = aiohttp.ClientSession(
                 timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_SECONDS, sock_read=STALL_SECONDS),
-                connector=aiohttp.TCPConnector(limit=0),
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_SECONDS),
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
         async with self._http.request("PUT", address, headers=headers, data=body, allow_redirects=False) as response:

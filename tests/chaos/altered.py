@@ -76,17 +76,19 @@ def _gone(seconds: float) -> None:
 
 
 def _stall(seconds: float) -> None:
-    from agent.adapters import download, lane, lanes, ovation_answers, sending, store
+    from agent.adapters import download, lane, lanes, ovation, ovation_answers, sending, store
 
     before = lane.STALL_SECONDS
+    kept = lane.KEPT_SECONDS * seconds / before
     names = {"_STALL_SECONDS", "_CONNECT_SECONDS", "_ANSWER_SECONDS", "STALL_SECONDS", "CONNECT_SECONDS"}
-    for module in (download, lane, lanes, ovation_answers, sending, store):
+    for module in (download, lane, lanes, ovation, ovation_answers, sending, store):
         vars(module).update(dict.fromkeys(names & vars(module).keys(), seconds))
+        if "KEPT_SECONDS" in vars(module):
+            vars(module)["KEPT_SECONDS"] = kept
     _default(download.Downloader.__init__, before, seconds)
     defaults = lanes.Lanes.__init__.__kwdefaults__
     assert defaults is not None
     defaults.update(connect_seconds=seconds, stall_seconds=seconds)
-
 
 def _default(function: Any, before: float, now: float) -> None:
     """Change what a parameter of a function is when it is not given."""
