@@ -40,12 +40,15 @@ chaos: setup-dev  ## Kill agents at every moment, and more than 500 times; check
 	@CHAOS=long $(BIN)/python -m pytest tests/chaos tests/simulation $(ARGS)
 
 .PHONY: bench
-bench: setup-dev  ## Measure webhooks coming in, walks, transfers beside s5cmd and others, the cache; some half an hour
+bench: setup-dev  ## Measure webhooks coming in, walks, transfers beside s5cmd and others, jobs; some forty minutes
 	@$(BIN)/python -m tests.bench.ingress $(ARGS)
 	@$(BIN)/python -m tests.bench.storm
 	@$(BIN)/python -m tests.bench.reconcile
 	@$(BIN)/python -m tests.bench.transfers
 	@$(BIN)/python -m tests.bench.warm_cache
+	@$(BIN)/python -m tests.bench.job_table
+	@$(BIN)/python -m tests.bench.overhead
+	@$(BIN)/python -m tests.bench.idle
 
 .PHONY: check
 check: setup-dev  ## Check style, types, dependencies between packages, scripts, documents and locks

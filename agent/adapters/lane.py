@@ -25,8 +25,8 @@ CONNECT_SECONDS = 20.0
 # within a minute of its coming back to life.
 STALL_SECONDS = 30.0
 KEPT_SECONDS = 15.0
-"""How long an idle connection is kept: S3 closes it after some 20 s, and it is less than STALL_SECONDS, so that after one
-call that met a dead connection the next ones do not meet the other dead ones."""
+"""How long an idle connection is kept: S3 closes it after some 20 s, and it is less than STALL_SECONDS, so that after
+one call that met a dead connection the next ones do not meet the other dead ones."""
 _PAUSE_SECONDS = 0.25  # a pause is made of these, so that it can be cut
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 

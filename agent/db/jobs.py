@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 from agent.db.database import Database, Queries, Row
+from agent.db.moves import Moves
 from agent.domain.activity import Activity
-from agent.domain.job import TERMINAL, Fault, FaultClass, Job, Move, Plan, PlannedFile, State, Verdict
+from agent.domain.job import Fault, FaultClass, Job, Move, Plan, PlannedFile, State, Verdict
 from agent.errors import DatabaseError
 
 # An agent that was not seen for so long is taken for gone: others take over what it was to stage.
@@ -57,6 +59,7 @@ class Jobs:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._moves = Moves(database)
 
     async def get(self, job_id: str) -> Job | None:
         """Return a job, or nothing when there is none of that id."""
@@ -96,11 +99,22 @@ class Jobs:
 
         Those whose work has ended the process `suspects_from` times are taken only with `alone`, and then no others.
         """
+        return await self.claim_each([(states, most)], lease_seconds, place, alone=alone, suspects_from=suspects_from)
+
+    async def claim_each(
+        self,
+        wanted: Sequence[tuple[Collection[State], int]],
+        lease_seconds: float,
+        place: str,
+        *,
+        alone: bool = False,
+        suspects_from: int = 2,
+    ) -> list[Claim]:
+        """Take due jobs as `claim` does, up to so many of each of several groups of states."""
         async with self._database.queries() as queries:
             rows = await queries.rows(
                 "claim_jobs",
-                states=list(states),
-                most=most,
+                wanted=json.dumps([{"states": list(states), "most": most} for states, most in wanted]),
                 lease=timedelta(seconds=lease_seconds),
                 place=place,
                 alone=alone,
@@ -206,42 +220,25 @@ class Jobs:
             await queries.value("release_lease", id=claim.job.id, lease_token=claim.token)
 
     async def move(
-        self, claim: Claim, move: Move, note: str | None = None, done: Mapping[str, object] | None = None
-    ) -> None:
+        self,
+        claim: Claim,
+        move: Move,
+        note: str | None = None,
+        done: Mapping[str, object] | None = None,
+        keep_seconds: float | None = None,
+    ) -> Claim | None:
         """Write where the job goes; when it has ended, have its Activity looked at again.
 
-        `note` and `done` (how far the step had come, in files and bytes) are for the job's story.
+        `note` and `done` (how far the step had come, in files and bytes) are for the job's story. With `keep_seconds`
+        the lease goes on for so long, and what is returned is the job in its next state.
 
         Raises:
             LeaseLost: another worker holds it; nothing is written.
         """
-        async with self._database.transaction() as queries:
-            moved = await queries.value(
-                "move_job",
-                id=claim.job.id,
-                lease_token=claim.token,
-                from_state=claim.job.state,
-                state=move.state,
-                wait=timedelta(seconds=move.wait_seconds),
-                attempt=move.attempt,
-                launch=move.launch,
-                waiting_for=move.waiting_for,
-                waiting_party=move.waiting_party,
-                elsewhere=move.elsewhere,
-                verdict=move.verdict,
-                fault_class=move.fault.cls if move.fault else None,
-                fault_message=move.fault.message if move.fault else None,
-                exit_code=move.exit_code,
-                native_id=move.native_id,
-                started_at=move.started_at,
-                terminal=move.state in TERMINAL,
-                note=note,
-                done=dict(done) if done else None,
-            )
-            if moved is None:
-                raise LeaseLost(f"the lease of job {claim.job.id} is another's")
-            if move.state in TERMINAL:
-                await queries.value("look_again", activity_id=claim.job.activity_id)
+        moved = await self._moves.write(claim.job, claim.token, move, note, done, keep_seconds)
+        if moved is None:
+            raise LeaseLost(f"the lease of job {claim.job.id} is another's")
+        return None if keep_seconds is None else Claim(moved, claim.token)
 
     async def progress(self, claim: Claim, progress: Mapping[str, object]) -> None:
         """Write how far the current step is."""

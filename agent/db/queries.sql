@@ -65,8 +65,10 @@ WHERE entity_id = :entity_id AND lease_token = :lease_token
 RETURNING entity_id;
 
 -- name: look_again!
--- A run of this Activity ended: judge what changed meanwhile.
-UPDATE watched SET due_at = now(), generation = generation + 1 WHERE entity_id = :activity_id;
+-- Runs of these Activities ended: judge what changed meanwhile. In the order of their ids, as everybody writes.
+WITH ended AS (
+    SELECT entity_id FROM watched WHERE entity_id = ANY(:activity_ids::text[]) ORDER BY entity_id FOR UPDATE)
+UPDATE watched SET due_at = now(), generation = generation + 1 WHERE entity_id IN (SELECT entity_id FROM ended);
 
 -- name: make_reconciliation_due!
 -- An agent starts: what happened while none ran is to be found now.
@@ -163,21 +165,25 @@ SELECT * FROM made;
 SELECT * FROM jobs WHERE activity_id = :activity_id AND finished_at IS NULL;
 
 -- name: claim_jobs
--- Take due jobs in these states whose files are here or nowhere yet, longest due first, and raise each one's fence.
+-- Take due jobs whose files are here or nowhere yet, longest due first, and raise each one's fence.
+-- So many of each group of states.
 -- From an agent that is gone, what it was to stage is taken over, and what somebody wants to end. One that has stopped
 -- may be on its way back: only what it was to stage is taken over at once, the rest when it stays away.
 -- Suspects, whose work has ended the process more than once, are taken by themselves, the worst first.
+WITH due AS MATERIALIZED (
+    SELECT job.id FROM jsonb_to_recordset(:wanted::text::jsonb) AS wanted (states text[], most integer)
+    CROSS JOIN LATERAL (
+        SELECT id FROM jobs
+        WHERE finished_at IS NULL AND state = ANY(wanted.states) AND due_at <= now()
+            AND lease_until IS NULL AND (suspicion >= :suspects_from) = :alone
+            AND (place = :place OR place IS NULL OR ((state = 'staging' OR cancel_requested) AND NOT EXISTS (
+                SELECT 1 FROM agents a WHERE a.place = jobs.place
+                    AND a.seen_at > now() - CASE WHEN state = 'staging' THEN :gone::interval ELSE :lost::interval END
+                    AND (a.stopped_at IS NULL OR state <> 'staging'))))
+        ORDER BY suspicion DESC, due_at LIMIT wanted.most FOR UPDATE SKIP LOCKED) job)
 UPDATE jobs SET
     lease_token = lease_token + 1, lease_until = now() + :lease, lease_holder = :place, place = :place, alone = :alone
-WHERE id IN (
-    SELECT id FROM jobs
-    WHERE finished_at IS NULL AND state = ANY(:states) AND due_at <= now() AND lease_until IS NULL
-        AND (suspicion >= :suspects_from) = :alone
-        AND (place = :place OR place IS NULL OR ((state = 'staging' OR cancel_requested) AND NOT EXISTS (
-            SELECT 1 FROM agents a WHERE a.place = jobs.place
-                AND a.seen_at > now() - CASE WHEN state = 'staging' THEN :gone::interval ELSE :lost::interval END
-                AND (a.stopped_at IS NULL OR state <> 'staging'))))
-    ORDER BY suspicion DESC, due_at LIMIT :most FOR UPDATE SKIP LOCKED)
+WHERE id = ANY(ARRAY(SELECT id FROM due))
 RETURNING *, extract(epoch FROM now() - waiting_since)::float8 AS waiting_seconds;
 
 -- name: claim_queued
@@ -195,7 +201,7 @@ ahead AS (
     SELECT count(*) AS jobs FROM jobs
     WHERE finished_at IS NULL AND state IN ('staging', 'launching') AND place = :place
         AND (lease_until IS NOT NULL OR due_at <= now())),
-turns AS (
+turns AS MATERIALIZED (
     SELECT first.id, first.due_at, first.turn + coalesce(busy.jobs, 0) AS turn
     FROM projects p
     CROSS JOIN LATERAL (
@@ -204,14 +210,15 @@ turns AS (
             WHERE state = 'queued' AND project_id = p.project_id AND due_at <= now() AND lease_until IS NULL
                 AND suspicion < :suspects_from
             ORDER BY due_at LIMIT :most) q) first
-    LEFT JOIN busy ON busy.project_id = p.project_id)
-UPDATE jobs SET
-    lease_token = lease_token + 1, lease_until = now() + :lease, lease_holder = :place, place = :place, alone = false
-WHERE id IN (
+    LEFT JOIN busy ON busy.project_id = p.project_id),
+let_in AS MATERIALIZED (
     SELECT j.id FROM jobs j JOIN turns t ON t.id = j.id
-    WHERE j.state = 'queued' AND j.lease_until IS NULL
+    WHERE j.id = ANY(ARRAY(SELECT id FROM turns)) AND j.state = 'queued' AND j.lease_until IS NULL
     ORDER BY t.turn, t.due_at LIMIT greatest(0, least(:most, :ahead - (SELECT jobs FROM ahead)))
     FOR UPDATE OF j SKIP LOCKED)
+UPDATE jobs SET
+    lease_token = lease_token + 1, lease_until = now() + :lease, lease_holder = :place, place = :place, alone = false
+WHERE id = ANY(ARRAY(SELECT id FROM let_in))
 RETURNING *, extract(epoch FROM now() - waiting_since)::float8 AS waiting_seconds;
 
 -- name: count_suspects$
@@ -221,10 +228,14 @@ WHERE finished_at IS NULL AND suspicion >= :suspects_from AND due_at <= now() AN
     AND (place = :place OR place IS NULL);
 
 -- name: expire_leases!
--- An agent starts: the leases of the one that ran on its data directory before it end now.
-WITH jobs_expired AS (
-    UPDATE jobs SET lease_until = now() - interval '1 microsecond' WHERE lease_holder = :holder AND lease_until > now())
-UPDATE watched SET lease_until = now() - interval '1 microsecond' WHERE lease_holder = :holder AND lease_until > now();
+-- An agent starts: the leases of the one that ran on its data directory before it end now. In the order of their ids:
+-- what that one wrote last may not be committed yet.
+WITH held AS (SELECT id FROM jobs WHERE lease_holder = :holder AND lease_until > now() ORDER BY id FOR UPDATE),
+jobs_expired AS (
+    UPDATE jobs SET lease_until = now() - interval '1 microsecond' WHERE id IN (SELECT id FROM held)),
+looks AS (
+    SELECT entity_id FROM watched WHERE lease_holder = :holder AND lease_until > now() ORDER BY entity_id FOR UPDATE)
+UPDATE watched SET lease_until = now() - interval '1 microsecond' WHERE entity_id IN (SELECT entity_id FROM looks);
 
 -- name: lapse_leases$
 -- Free the jobs whose lease ran out, fence whoever held it, and tell how many there were. What this agent knows to hold
@@ -268,39 +279,53 @@ UPDATE jobs SET
     place = CASE WHEN state = 'queued' THEN NULL ELSE place END
 WHERE id = :id AND lease_token = :lease_token AND lease_until IS NOT NULL;
 
--- name: move_job$
--- The one fenced move, told in job_events when anything but the time changed. Nothing: the lease is another's now.
--- Figures after a comma in what it waits for are like the time.
-WITH before AS (
-    SELECT id, state, attempt, launch, coalesce(waiting_party, split_part(waiting_for, ',', 1)) AS waits
-    FROM jobs WHERE id = :id),
+-- name: move_jobs
+-- Fenced moves, each by itself, told in job_events when anything but the time changed. Those that were made come back:
+-- the lease of what is missing is another's now. One that keeps its lease is worked at on, in its next state.
+-- Figures after a comma in what it waits for are like the time. In the order of their ids, as everybody writes.
+WITH moves AS (
+    SELECT * FROM jsonb_to_recordset(:moves::jsonb) AS m (
+        id uuid, lease_token bigint, from_state text, state text, wait float8, attempt integer, launch integer,
+        waiting_for text, waiting_party text, elsewhere boolean, verdict text, fault_class text, fault_message text,
+        exit_code integer, native_id text, started_at timestamptz, terminal boolean, keep float8, note text,
+        done jsonb)),
+before AS (
+    SELECT id, j.state, j.attempt, j.launch, coalesce(j.waiting_party, split_part(j.waiting_for, ',', 1)) AS waits
+    FROM jobs j JOIN moves USING (id) WHERE id = ANY(ARRAY(SELECT m.id FROM moves m)) ORDER BY id FOR UPDATE OF j),
 moved AS (
-    UPDATE jobs SET
+    UPDATE jobs j SET
         -- Whoever asked for its end while the step ran need not wait: there is nothing more to do in these states.
-        due_at = CASE WHEN cancel_requested AND :state IN ('queued', 'staging') THEN now() ELSE now() + :wait::interval END,
-        state = :state, attempt = :attempt, launch = :launch, verdict = :verdict,
-        fault_class = :fault_class, fault_message = :fault_message, exit_code = :exit_code,
-        native_id = :native_id, started_at = :started_at,
-        lease_until = NULL, lease_holder = NULL, alone = false, suspicion = 0,
-        place = CASE WHEN :elsewhere THEN NULL ELSE place END,
-        waiting_for = :waiting_for, waiting_party = :waiting_party,
-        waiting_since = CASE WHEN :waiting_for::text IS NOT NULL THEN
-            CASE WHEN state = :state THEN coalesce(waiting_since, now()) ELSE now() END END,
-        progress = CASE WHEN state = :state THEN progress ELSE '{}' END,
-        finished_at = CASE WHEN :terminal THEN now() END
-    WHERE id = :id AND lease_token = :lease_token AND state = :from_state AND lease_until IS NOT NULL
-    RETURNING id, state, attempt, launch, waiting_for,
-        coalesce(waiting_party, split_part(waiting_for, ',', 1)) AS waits),
+        due_at = CASE WHEN cancel_requested AND m.state IN ('queued', 'staging') THEN now()
+            ELSE now() + m.wait * interval '1 second' END,
+        state = m.state, attempt = m.attempt, launch = m.launch, verdict = m.verdict,
+        fault_class = m.fault_class, fault_message = m.fault_message, exit_code = m.exit_code,
+        native_id = m.native_id, started_at = m.started_at,
+        lease_until = now() + m.keep * interval '1 second', alone = false, suspicion = 0,
+        lease_holder = CASE WHEN m.keep IS NOT NULL THEN lease_holder END,
+        place = CASE WHEN m.elsewhere THEN NULL ELSE j.place END,
+        waiting_for = m.waiting_for, waiting_party = m.waiting_party,
+        waiting_since = CASE WHEN m.waiting_for IS NOT NULL THEN
+            CASE WHEN j.state = m.state THEN coalesce(waiting_since, now()) ELSE now() END END,
+        progress = CASE WHEN j.state = m.state THEN progress ELSE '{}' END,
+        finished_at = CASE WHEN m.terminal THEN now() END
+    FROM moves m JOIN before USING (id)
+    WHERE j.id = ANY(ARRAY(SELECT b.id FROM before b)) AND j.id = m.id
+        AND j.lease_token = m.lease_token AND j.state = m.from_state AND j.lease_until IS NOT NULL
+    RETURNING j.id, j.state, j.attempt, j.launch, j.waiting_for, m.note, m.done, cancel_requested, folder_id,
+        coalesce(j.waiting_party, split_part(j.waiting_for, ',', 1)) AS waits),
 told AS (
     INSERT INTO job_events (job_id, state, attempt, note, done)
-    SELECT m.id, m.state, m.attempt, coalesce(m.waiting_for, :note), :done::jsonb FROM moved m JOIN before b USING (id)
+    SELECT id, m.state, m.attempt, coalesce(m.waiting_for, m.note), m.done FROM moved m JOIN before b USING (id)
     WHERE (m.state, m.attempt, m.launch, m.waits) IS DISTINCT FROM (b.state, b.attempt, b.launch, b.waits))
-SELECT state FROM moved;
+SELECT id, cancel_requested, folder_id FROM moved;
 
 -- name: wake_waiting!
--- An outside party is back: what waits for it is due now.
-UPDATE jobs SET due_at = now()
-WHERE waiting_party = :party AND finished_at IS NULL AND lease_until IS NULL AND due_at > now();
+-- An outside party is back: what waits for it is due now. In the order of their ids, as everybody writes.
+WITH waiting AS (
+    SELECT id FROM jobs
+    WHERE waiting_party = :party AND finished_at IS NULL AND lease_until IS NULL AND due_at > now()
+    ORDER BY id FOR UPDATE)
+UPDATE jobs SET due_at = now() WHERE id IN (SELECT id FROM waiting);
 
 -- name: set_progress!
 -- How far the current step is.

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
 from agent.db.jobs import Claim, LeaseLost
 from agent.domain.job import Done, Failed, Fault, FaultClass, Outage, Outcome, State, Verdict
@@ -25,6 +26,8 @@ from agent.pipeline.progress import Meter
 from agent.pipeline.report import report
 from agent.pipeline.stage import stage
 from agent.pipeline.watch import watch
+
+_T = TypeVar("_T")
 
 LEASE_SECONDS = 15.0
 OVATION = "Ovation"
@@ -72,23 +75,26 @@ async def perform(
     if control.cancelled.is_set() and ends_at_once:
         return Done(verdict=Verdict.CANCELLED)
     step = asyncio.create_task(_outcome(context, claim, control), name=f"step {claim.job.id}")
-    keeping = _keep(context, claim, control, on_database, lease_seconds)
-    keeper = asyncio.create_task(keeping, name=f"lease {claim.job.id}")
-    cancelled = asyncio.create_task(control.cancelled.wait())
+    tasks: set[asyncio.Task[Any]] = {step}
+    if ends_at_once:
+        tasks.add(asyncio.create_task(control.cancelled.wait()))
     try:
-        await asyncio.wait({step, keeper, *({cancelled} if ends_at_once else ())}, return_when=asyncio.FIRST_COMPLETED)
-        if step.done():
-            return step.result()
-        if keeper.done():
-            keeper.result()
-        return Done(verdict=Verdict.CANCELLED)
+        ended, _ = await asyncio.wait(tasks, timeout=_PROGRESS_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if not ended:  # most steps are over by now, and their lease needs no keeping
+            keeping = _keep(context, claim, control, on_database, lease_seconds)
+            keeper = asyncio.create_task(keeping, name=f"lease {claim.job.id}")
+            tasks.add(keeper)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if keeper.done() and not step.done():
+                keeper.result()
+        return step.result() if step.done() else Done(verdict=Verdict.CANCELLED)
     finally:
-        for task in (step, keeper, cancelled):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(step, keeper, cancelled, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def within_lease(write: Callable[[], Awaitable[None]], seconds: float = LEASE_SECONDS * 2 / 3) -> None:
+async def within_lease(write: Callable[[], Awaitable[_T]], seconds: float = LEASE_SECONDS * 2 / 3) -> _T:
     """Write what a step came to, again while PostgreSQL is away for a moment: else the step would be done again.
 
     Raises:
@@ -98,15 +104,13 @@ async def within_lease(write: Callable[[], Awaitable[None]], seconds: float = LE
     until = time.monotonic() + seconds
     while True:
         try:
-            await write()
+            return await write()
         except LeaseLost:
             raise
         except DatabaseError:
             if time.monotonic() > until:
                 raise
             await asyncio.sleep(_PROGRESS_SECONDS)
-        else:
-            return
 
 
 async def _keep(
@@ -117,11 +121,10 @@ async def _keep(
     lease_seconds: float,
 ) -> None:
     """Renew the lease and write the progress down until cancelled; raise when the lease is lost."""
-    renewed = time.monotonic()
+    renewed = time.monotonic() - _PROGRESS_SECONDS  # that long the step has gone on by now
     meter = Meter(control.progress)
     written: Mapping[str, object] = {}
     while True:
-        await asyncio.sleep(_PROGRESS_SECONDS)
         try:
             if time.monotonic() - renewed > lease_seconds / 3:
                 asked_at = time.monotonic()
@@ -138,6 +141,7 @@ async def _keep(
             on_database(error)
             if time.monotonic() - renewed > lease_seconds:
                 raise LeaseLost("PostgreSQL was away for longer than the lease") from None
+        await asyncio.sleep(_PROGRESS_SECONDS)
 
 
 async def _outcome(context: Context, claim: Claim, control: Control) -> Outcome:

@@ -15,11 +15,13 @@ import structlog
 from agent import __version__
 from agent.db.jobs import Claim, LeaseLost
 from agent.domain.decide import Limits, decide, probation_seconds, set_aside
-from agent.domain.job import Done, Failed, Lost, Move, NotYet, Outage, Outcome, SetAside, State
+from agent.domain.job import Done, Job, Lost, Move, Outage, Outcome, State
 from agent.errors import DatabaseError
 from agent.logs import logger
 from agent.pipeline.context import Context, Control
 from agent.pipeline.perform import HAVE_CIRCUITS, LEASE_SECONDS, perform, within_lease
+from agent.pipeline.places import LATER, STAGING, Places
+from agent.pipeline.teller import Teller
 
 _IDLE_SECONDS = 2.0
 _SEEN_SECONDS = 10.0
@@ -34,6 +36,7 @@ class _Held:
     control: Control
     task: asyncio.Task[None]
     since: float
+    goes_to: State | None = None  # where it is being moved to under the same lease
 
 
 class Worker:
@@ -55,9 +58,10 @@ class Worker:
         self._wake = asyncio.Event()
         self._stopping = False
         self._seen_at = float("-inf")
+        self._books_at = float("-inf")  # when the books are to be kept next, and what needs no place is claimed
+        self._places = Places(context.settings)
         self._suspects = True  # there may be some: the process before this one may have been killed
-        self._database_away_since: float | None = None
-        self._away: dict[str, float] = {}
+        self._teller = Teller()
         self._back = set(HAVE_CIRCUITS)  # what waits for these is to go on; they may have come back while no agent ran
         self._back_at: dict[str, float] = {}
 
@@ -69,12 +73,16 @@ class Worker:
         """Tell a step that this worker performs that the job's end was asked for."""
         if held := self._held.get(job_id):
             held.control.cancelled.set()
-        self.wake()
+        self._wake_for_books()
 
     async def party_back(self, party: str) -> None:
         """Go on at once with what waits for an outside party that is back."""
         self._back_at[party] = time.monotonic()
         self._back.add(party)
+        self._wake_for_books()
+
+    def _wake_for_books(self) -> None:
+        self._books_at = float("-inf")
         self.wake()
 
     async def run(self) -> None:
@@ -84,16 +92,19 @@ class Worker:
                 self._wake.clear()
                 seconds = _IDLE_SECONDS
                 try:
-                    await self._tidy()
-                    if not self._stopping:
-                        await self._claim()
-                    seconds = await self._context.jobs.seconds_to_next(self._place, _IDLE_SECONDS)
-                    self._database(away=None)
+                    await self._turn()
+                    if not self._wake.is_set():
+                        most = max(0.0, self._books_at - time.monotonic())
+                        seconds = await self._context.jobs.seconds_to_next(self._place, most)
+                    self._teller.database(None)
                 except DatabaseError as error:
-                    self._database(away=error)
-                with contextlib.suppress(TimeoutError):
+                    self._books_at = float("-inf")
+                    self._teller.database(error)
+                try:
                     async with asyncio.timeout(seconds):
                         await self._wake.wait()
+                except TimeoutError:
+                    self._places.anybody_may_wait()  # something is due
         finally:
             await self._give_back()
 
@@ -117,6 +128,21 @@ class Worker:
             steps = {step for step in steps if not step.done()}
         hurry.cancel()
 
+    async def _turn(self) -> None:
+        """Claim what there are places for; now and then, see to what no end of a step and no new job tells of."""
+        is_full = time.monotonic() >= self._books_at
+        if is_full:
+            self._places.anybody_may_wait()
+            self._books_at = time.monotonic() + _IDLE_SECONDS
+            await self._tidy()
+        await self._release_lost()
+        if self._stopping:
+            return
+        if is_full:
+            await self._claim_free()
+        if not await self._has_suspects():
+            await self._claim()
+
     async def _tidy(self) -> None:
         """Keep the books before work is claimed: who is here, what was dropped, whose lease ran out."""
         jobs = self._context.jobs
@@ -133,31 +159,46 @@ class Worker:
             logger().warning("leases_ran_out", jobs=lapsed)
             self._suspects = True
 
-    async def _claim(self) -> None:
-        settings = self._context.settings
-        # Those that run come first: watching costs nothing, and each one takes a place from those to be launched.
+    async def _claim_free(self) -> None:
+        """Claim what takes no place: those that run, whose watching costs nothing, and those that are not to run."""
         await self._claim_some(_MANY, State.RUNNING)
-        # Neither does it cost anything to end what has not run yet, however many places are taken.
         self._begin(
             await self._context.jobs.claim_cancelled(
                 _MANY, self._lease_seconds, self._place, suspects_from=self._limits.suspects_from
             )
         )
-        if await self._has_suspects():
-            return
-        running = self._count(State.RUNNING, State.LAUNCHING)
-        await self._claim_some(settings.max_running - running, State.LAUNCHING)
-        collecting = self._count(State.COLLECTING, State.REPORTING)
-        await self._claim_some(settings.max_collecting - collecting, State.COLLECTING, State.REPORTING)
-        staging = self._count(State.QUEUED, State.STAGING)
-        await self._claim_some(settings.max_staging - staging, State.STAGING)
-        free = settings.max_staging - self._count(State.QUEUED, State.STAGING)
+
+    async def _claim(self) -> None:
+        """Claim what there are places for: in later stages, and meanwhile what is to be staged."""
+        found = await asyncio.gather(self._claim_due(LATER), self._claim_to_stage(), return_exceptions=True)
+        for error in found:
+            if isinstance(error, BaseException):
+                raise error
+
+    async def _claim_to_stage(self) -> None:
+        await self._claim_due([STAGING])
+        settings, free = self._context.settings, self._places.free(STAGING, self._states())
         if free > 0:
-            ahead = settings.max_staging + settings.max_running
-            claims = await self._context.jobs.claim_queued(
-                free, self._lease_seconds, self._place, ahead=ahead, suspects_from=self._limits.suspects_from
+            ahead, suspects_from = settings.max_staging + settings.max_running, self._limits.suspects_from
+            self._begin(
+                await self._context.jobs.claim_queued(
+                    free, self._lease_seconds, self._place, ahead=ahead, suspects_from=suspects_from
+                )
             )
+
+    async def _claim_due(self, stages: Collection[str]) -> None:
+        """Claim the due jobs that wait for places of these stages, if any may."""
+        if wanted := self._places.to_ask_for(stages, self._states()):
+            suspects_from = self._limits.suspects_from
+            claims = await self._context.jobs.claim_each(
+                tuple(wanted.values()), self._lease_seconds, self._place, suspects_from=suspects_from
+            )
+            self._places.answered(wanted, [claim.job.state for claim in claims])
             self._begin(claims)
+
+    def _states(self) -> list[tuple[State, State]]:
+        """Return the state of each job that is held, and the one that it is being moved to."""
+        return [(held.claim.job.state, held.goes_to or held.claim.job.state) for held in self._held.values()]
 
     async def _has_suspects(self) -> bool:
         """Work at jobs that may be ending the process one at a time, and begin nothing beside them, until none is left.
@@ -177,9 +218,6 @@ class Worker:
             await self._claim_some(1, *_SUSPECTABLE, alone=True)
         return self._suspects
 
-    def _count(self, *states: State) -> int:
-        return sum(held.claim.job.state in states for held in self._held.values())
-
     async def _claim_some(self, most: int, *states: State, alone: bool = False) -> None:
         if most > 0:
             suspects_from = self._limits.suspects_from
@@ -190,8 +228,8 @@ class Worker:
                 alone=alone,
             )
 
-    def _begin(self, claims: Collection[Claim], *, alone: bool = False) -> None:
-        if self._stopping:  # the signal came while PostgreSQL looked for work
+    def _begin(self, claims: Collection[Claim], *, alone: bool = False, goes_on: bool = False) -> None:
+        if self._stopping or (goes_on and self._suspects):  # that came while PostgreSQL was asked
             self._lost += claims
             self.wake()
             return
@@ -203,19 +241,19 @@ class Worker:
             self._held[claim.job.id] = _Held(claim, control, task, time.monotonic())
 
     async def _hold(self, claim: Claim, control: Control) -> None:
-        job = claim.job
+        job, kept = claim.job, None
         trial = asyncio.create_task(self._trial(claim, control)) if control.alone else None
         with structlog.contextvars.bound_contextvars(
             job_id=job.id, activity_id=job.activity_id, state=str(job.state), attempt=job.attempt
         ):
             try:
-                await self._work(claim, control)
+                kept = await self._work(claim, control)
             except LeaseLost as error:
                 self._lost.append(claim)
                 logger().warning("lease_lost", error=str(error))
             except DatabaseError as error:
                 self._lost.append(claim)
-                self._database(away=error)
+                self._teller.database(error)
             except Exception:  # noqa: BLE001 a bug: its lease runs out, so that the job is set aside if that goes on
                 logger().exception("move_failed")
             finally:
@@ -224,7 +262,14 @@ class Worker:
                 # The job may have been claimed anew as soon as it had moved.
                 if (held := self._held.get(job.id)) and held.claim is claim:
                     del self._held[job.id]
-                self.wake()
+        if kept is not None:
+            if control.cancelled.is_set():  # asked for since it was moved
+                kept = replace(kept, job=replace(kept.job, cancel_requested=True))
+            self._begin([kept], goes_on=True)
+        elif job.state is State.LAUNCHING:
+            self._wake_for_books()  # it may run, which takes no place of its own
+        else:
+            self.wake()
 
     async def _trial(self, claim: Claim, control: Control) -> None:
         """Let others go on beside a suspect that has not ended the process for a while."""
@@ -237,53 +282,45 @@ class Worker:
         control.alone = False
         self.wake()
 
-    async def _work(self, claim: Claim, control: Control) -> None:
+    async def _work(self, claim: Claim, control: Control) -> Claim | None:
+        """Do a step and move the job; return it where the lease was kept, for the step that comes next."""
         began = time.monotonic()
         outcome: Outcome | None = set_aside(claim.job, self._limits)
         if outcome is None:
-            outcome = await perform(
-                self._context, claim, control, lambda error: self._database(away=error), self._lease_seconds
-            )
-        job = replace(claim.job, cancel_requested=control.cancelled.is_set())  # somebody may have asked meanwhile
+            outcome = await perform(self._context, claim, control, self._teller.database, self._lease_seconds)
+        job = claim.job
+        if job.cancel_requested != control.cancelled.is_set():  # somebody asked meanwhile
+            job = replace(job, cancel_requested=control.cancelled.is_set())
         move = decide(job, outcome, self._limits, jitter=random.random())  # noqa: S311 no secret
         note = outcome.note if isinstance(outcome, Done) else None
         if isinstance(outcome, Lost) and move.launch > claim.job.launch:
             note = f"{outcome.fault.message} It is run again."
-        progress = asdict(control.progress) if any(asdict(control.progress).values()) else None
-        await within_lease(lambda: self._context.jobs.move(claim, move, note=note, done=progress))
+        progress = asdict(control.progress)
+        keep = None
+        if self._goes_on(job, outcome, move, control):
+            keep = self._lease_seconds
+            self._held[job.id].goes_to = move.state
+        else:
+            self._places.arrives(move.state)  # whoever comes next does not go past this one
+        kept = await within_lease(
+            lambda: self._context.jobs.move(
+                claim, move, note=note, done=progress if any(progress.values()) else None, keep_seconds=keep
+            )
+        )
+        if keep is None:
+            self._places.arrives(move.state)  # a claim may have been under way that did not see it yet
         if isinstance(outcome, Outage) and self._back_at.get(outcome.party, float("-inf")) > began:
             self._back.add(outcome.party)  # it came back before this job was among those that wait
-        self._tell(claim, outcome, move, time.monotonic() - began)
+        self._teller.step(claim, outcome, move, time.monotonic() - began)
+        return kept
 
-    def _tell(self, claim: Claim, outcome: Outcome, move: Move, seconds: float) -> None:
-        """One line a step; an outage is told when it begins and when it ends, and not by every job that waits."""
-        self._tell_of_parties(claim, outcome)
-        if isinstance(outcome, NotYet):
-            return
-        line: dict[str, object] = {
-            "outcome": type(outcome).__name__.lower(),
-            "next": str(move.state),
-            "seconds": round(seconds, 3),
-            **({"verdict": str(move.verdict)} if move.verdict else {}),
-            **({"waiting_for": move.waiting_for} if move.waiting_for else {}),
-            **({"fault": str(move.fault.cls), "message": move.fault.message} if move.fault else {}),
-        }
-        if isinstance(outcome, SetAside):
-            logger().error("step", **line)
-        elif _is_told(claim, outcome, move) or (isinstance(outcome, Outage) and outcome.party in self._away):
-            logger().debug("step", **line)
-        else:
-            logger().info("step", **line)
-
-    def _tell_of_parties(self, claim: Claim, outcome: Outcome) -> None:
-        if isinstance(outcome, Outage):
-            if outcome.party not in HAVE_CIRCUITS and outcome.party not in self._away:
-                self._away[outcome.party] = time.monotonic()
-                logger().warning("party_away", party=outcome.party, reason=outcome.reason)
-            return
-        since = self._away.pop(claim.job.waiting_party or "", None)
-        if since is not None:
-            logger().info("party_back", party=claim.job.waiting_party, seconds=round(time.monotonic() - since, 1))
+    def _goes_on(self, job: Job, outcome: Outcome, move: Move, control: Control) -> bool:
+        """Say whether a job is worked at on under the same lease, where nothing stands out of line."""
+        if not isinstance(outcome, Done) or job.cancel_requested:
+            return False
+        if control.alone or self._suspects or self._stopping:
+            return False
+        return self._places.goes_on(job.state, move.state, self._states())
 
     async def _give_back(self) -> None:
         self._stopping = True
@@ -302,20 +339,5 @@ class Worker:
         while self._lost:
             claim = self._lost[0]
             await self._context.jobs.release(claim)
+            self._places.anybody_may_wait()
             self._lost.remove(claim)  # others may have come meanwhile
-
-    def _database(self, *, away: DatabaseError | None) -> None:
-        """Say once that PostgreSQL is away, and once that it is back."""
-        if away is not None and self._database_away_since is None:
-            logger().warning("database_away", error=str(away))
-            self._database_away_since = time.monotonic()
-        elif away is None and self._database_away_since is not None:
-            logger().info("database_back", seconds=round(time.monotonic() - self._database_away_since, 1))
-            self._database_away_since = None
-
-
-def _is_told(claim: Claim, outcome: Outcome, move: Move) -> bool:
-    """Say whether the log has had this: an outage that was told, or the same trouble of the same job as before."""
-    if isinstance(outcome, Outage):
-        return outcome.is_told or claim.job.waiting_party == outcome.party
-    return isinstance(outcome, Failed) and outcome.final and claim.job.waiting_for == move.waiting_for

@@ -90,6 +90,7 @@ def _stall(seconds: float) -> None:
     assert defaults is not None
     defaults.update(connect_seconds=seconds, stall_seconds=seconds)
 
+
 def _default(function: Any, before: float, now: float) -> None:
     """Change what a parameter of a function is when it is not given."""
     assert before in function.__defaults__

@@ -81,10 +81,11 @@ async def test_a_job_that_is_claimed_anew_before_its_former_step_has_returned_is
     async with machine(database, max_running=1, max_staging=3) as here:
         move = here.jobs.move
 
-        async def move_slowly(claim: Claim, to: Move, **told: object) -> None:
-            await move(claim, to, **told)  # type: ignore[arg-type]
+        async def move_slowly(claim: Claim, to: Move, **told: object) -> Claim | None:
+            kept = await move(claim, to, **told)  # type: ignore[arg-type]
             here.worker.wake()
             await asyncio.sleep(0.15)  # it is committed, and the answer takes its time
+            return kept
 
         monkeypatch.setattr(here.jobs, "move", move_slowly)
         job_ids = [await make_job(database, str(number)) for number in range(3)]
