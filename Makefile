@@ -49,6 +49,7 @@ bench: setup-dev  ## Measure webhooks coming in, walks, transfers beside s5cmd a
 	@$(BIN)/python -m tests.bench.job_table
 	@$(BIN)/python -m tests.bench.overhead
 	@$(BIN)/python -m tests.bench.idle
+	@$(BIN)/python -m tests.bench.slurm
 
 .PHONY: check
 check: setup-dev  ## Check style, types, dependencies between packages, scripts, documents and locks
@@ -67,10 +68,11 @@ fmt: setup-dev  ## Format the code and repair what ruff can repair
 	$(BIN)/ruff format .
 
 .PHONY: lock
-lock: setup-dev  ## Bring both locks up to date with pyproject.toml; UPGRADE=1 takes the newest releases
+lock: setup-dev  ## Bring the locks up to date with pyproject.toml; UPGRADE=1 takes the newest releases
 	$(LOCK) $(if $(UPGRADE),--upgrade) --extra demo -o requirements.lock pyproject.toml config/setup.in
 	$(LOCK) $(if $(UPGRADE),--upgrade) --extra dev -c requirements.lock -o requirements-dev.lock \
 		pyproject.toml config/setup.in config/check.in
+	$(LOCK) $(if $(UPGRADE),--upgrade) -o config/crate.lock config/crate.in
 
 .PHONY: clean
 clean:  ## Remove what the other commands made in this directory, except ./data

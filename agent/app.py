@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import signal
+import sys
 import uuid
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -27,6 +28,7 @@ from agent.adapters.executor import Executor
 from agent.adapters.lanes import Lanes
 from agent.adapters.local import LocalExecutor, LocalSettings
 from agent.adapters.ovation import Ovation
+from agent.adapters.slurm import SlurmExecutor, SlurmSettings
 from agent.adapters.traffic import Traffic
 from agent.adapters.upload import Uploader
 from agent.db.connect import connect
@@ -36,12 +38,13 @@ from agent.db.outputs import Outputs
 from agent.db.reconciliations import Reconciliations
 from agent.db.watched import WatchList
 from agent.domain.container import User
+from agent.domain.slurm import Site
 from agent.errors import ConfigurationError, OvationRefused, OvationUnavailable, StorageUnavailable
 from agent.pipeline.context import Context
 from agent.pipeline.perform import OBJECT_STORE, OVATION
 from agent.pipeline.sweep import sweep
 from agent.pipeline.worker import Worker
-from agent.settings import Settings
+from agent.settings import AgentSettings, Settings
 from agent.trigger.evaluate import Evaluator
 from agent.trigger.inbox import Inbox, sweep_deliveries
 from agent.trigger.reconcile import Reconciler
@@ -92,8 +95,34 @@ async def serve(settings: Settings) -> None:
 def executor_for(settings: Settings, data_dir: Path | None = None) -> Executor:
     """Return the executor that the settings name; with a data directory, for the agent that holds it."""
     uid, _, gid = settings.agent.container_user.partition(":")
+    user = User(int(uid), int(gid))
+    if settings.agent.executor == "slurm":
+        return SlurmExecutor(_slurm(settings.agent, user))
     temporary = None if data_dir is None else data_dir / "checks"
-    return LocalExecutor(LocalSettings(container_user=User(int(uid), int(gid)), temporary=temporary))
+    return LocalExecutor(LocalSettings(container_user=user, temporary=temporary))
+
+
+def _slurm(given: AgentSettings, user: User) -> SlurmSettings:
+    """Return how runs are submitted.
+
+    Raises:
+        ConfigurationError: the preamble cannot be read.
+    """
+    preamble = ""
+    if given.slurm_preamble is not None:
+        try:
+            preamble = given.slurm_preamble.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "it is not text"
+            raise ConfigurationError(f"AGENT_SLURM_PREAMBLE: {given.slurm_preamble}: {why}") from None
+    site = Site(given.slurm_partition, given.slurm_account, given.slurm_qos, given.slurm_arguments, preamble)
+    return SlurmSettings(
+        site=site,
+        python=given.slurm_python or sys.executable,
+        apptainer=given.slurm_apptainer,
+        container_user=user,
+        silence_seconds=given.slurm_silence_seconds,
+    )
 
 
 @asynccontextmanager
@@ -148,6 +177,7 @@ async def _open(settings: Settings) -> AsyncIterator[_Agent]:
             database=database,
             watch_list=watch_list,
             jobs=context.jobs,
+            outputs=context.outputs,
             ovation=ovation,
             data_dir=data_dir,
             admin_token=admin_token,

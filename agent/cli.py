@@ -11,7 +11,8 @@ import click
 from agent import __version__
 from agent.cli_cache import cache
 from agent.cli_ovation import hpc_run, webhooks
-from agent.commands import Commands, load_settings, run
+from agent.cli_provenance import provenance, rerun
+from agent.commands import Commands, ask, load_settings, run
 
 if TYPE_CHECKING:
     from agent.client import Client
@@ -41,6 +42,8 @@ def main(ctx: click.Context, config: Path | None) -> None:
 main.add_command(hpc_run)
 main.add_command(webhooks)
 main.add_command(cache)
+main.add_command(provenance)
+main.add_command(rerun)
 
 
 @main.command()
@@ -115,7 +118,7 @@ def jobs(config: Path | None, activity: str | None, state: str | None, limit: in
     from agent import console
 
     query = {"limit": str(limit), "activity_id": activity, "state": state}
-    answer = _ask(config, lambda client: client.get("api", "jobs", **query))
+    answer = ask(config, lambda client: client.get("api", "jobs", **query))
     console.show_jobs(answer["jobs"], as_json=as_json)
 
 
@@ -130,7 +133,7 @@ def show(config: Path | None, job: str, *, as_json: bool) -> None:
     async def work(client: Client) -> tuple[Any, Any]:
         return await client.get("api", "jobs", job), await client.get("api", "jobs", job, "events")
 
-    found, events = _ask(config, work)
+    found, events = ask(config, work)
     console.show_job(found, events["events"], as_json=as_json)
 
 
@@ -142,7 +145,7 @@ def why(config: Path | None, activity: str, *, as_json: bool) -> None:
     """Say why an Activity was run, or why not."""
     from agent import console
 
-    console.show_activity(_ask(config, lambda client: client.get("api", "activities", activity)), as_json=as_json)
+    console.show_activity(ask(config, lambda client: client.get("api", "activities", activity)), as_json=as_json)
 
 
 @main.command("logs")
@@ -158,7 +161,7 @@ def logs_(config: Path | None, job: str, *, follow: bool, stream: str | None) ->
         path = ("api", "jobs", job, "logs", stream or "stdout")
         await show_log(client.stream(*path, follow="1" if follow else "0"))
 
-    _ask(config, work)
+    ask(config, work)
 
 
 @main.command(short_help="End a job; what there is is still delivered.")
@@ -166,16 +169,8 @@ def logs_(config: Path | None, job: str, *, follow: bool, stream: str | None) ->
 @click.pass_obj
 def cancel(config: Path | None, job: str) -> None:
     """End a job; its logs and what it wrote so far are still delivered."""
-    found = _ask(config, lambda client: client.post("api", "jobs", job, "cancel"))
+    found = ask(config, lambda client: client.post("api", "jobs", job, "cancel"))
     click.echo(f"asked: the job is {found['state']}")
-
-
-@main.command()
-@click.argument("job")
-@click.pass_obj
-def rerun(config: Path | None, job: str) -> None:
-    """Run a job's Activity again, as it stands in Ovation now."""
-    click.echo(_ask(config, lambda client: client.post("api", "jobs", job, "rerun"))["id"])
 
 
 @main.command("try", short_help="Run IMAGE just as a job would, without Ovation.")
@@ -207,13 +202,3 @@ def try_(
             )
         )
     )
-
-
-def _ask(config: Path | None, question: Any) -> Any:
-    from agent.client import Client
-
-    async def work() -> Any:
-        async with Client.find(load_settings(config)) as client:
-            return await question(client)
-
-    return run(work())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -82,9 +82,9 @@ class Client:
         """Read JSON."""
         return await self._json("GET", path, query)
 
-    async def post(self, *path: str, body: Any = None) -> Any:
+    async def post(self, *path: str, body: Any = None, query: Mapping[str, str | None] | None = None) -> Any:
         """Ask for something to be done."""
-        return await self._json("POST", path, {}, body)
+        return await self._json("POST", path, dict(query or {}), body)
 
     async def stream(self, *path: str, **query: str | None) -> AsyncIterator[bytes]:
         """Read bytes as they come; a container may be silent for hours."""
@@ -154,7 +154,7 @@ def web_address(text: str) -> URL:
     try:
         found = URL(text.strip())
         usable = found.scheme in {"http", "https"} and bool(found.host) and found.port is not None
-    except ValueError:
+    except (ValueError, IndexError):  # the second for `https://[]@`
         usable = False
     if not usable:
         raise ConfigurationError(f"{printable(text)!r} is no address such as https://agent.example.org")

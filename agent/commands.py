@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from agent.client import Client
     from agent.settings import Settings
 
 _INTERRUPTED = 130
@@ -67,3 +68,14 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run(work)
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
+
+
+def ask(config: Path | None, question: Callable[[Client], Awaitable[Any]]) -> Any:
+    """Ask the agent that runs with these settings, and end the command with a message when it refuses."""
+    from agent.client import Client
+
+    async def work() -> Any:
+        async with Client.find(load_settings(config)) as client:
+            return await question(client)
+
+    return run(work())

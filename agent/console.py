@@ -46,6 +46,8 @@ def show_job(job: dict[str, Any], events: list[dict[str, Any]], *, as_json: bool
     rows = [(name, str(job[name])) for name in facts if job[name] is not None]
     if job["agent"]:
         rows.append(("agent", f"{job['agent']['host']}, seen {_moment(job['agent']['seen_at'])}"))
+    rows += [(name, _amounts(job["resources"][name])) for name in ("granted", "used") if job["resources"].get(name)]
+    rows += [("note", str(note)) for note in job["resources"].get("notes", [])]
     if job["launch"] > 1:
         rows.append(("launch", f"{job['launch']} (the machine lost the one before)"))
     show_table(("", ""), rows)
@@ -55,6 +57,17 @@ def show_job(job: dict[str, Any], events: list[dict[str, Any]], *, as_json: bool
         ("at", "state", "attempt", "note"),
         [(_moment(each["at"]), each["state"], str(each["attempt"]), each["note"] or "") for each in events],
     )
+
+
+def _amounts(resources: dict[str, float]) -> str:
+    """Say what a run was given or used."""
+    from rich.filesize import decimal
+
+    shown = {"cpus": "{:g} CPUs", "gpus": "{:g} GPUs", "time_seconds": "at most {:g} s", "wall_seconds": "{:.1f} s"}
+    shown |= {"user_seconds": "{:.1f} s of processor", "system_seconds": "{:.1f} s of system"}
+    parts = [shown[name].format(value) for name, value in resources.items() if name in shown]
+    parts += [f"{decimal(int(value))} of memory" for name, value in resources.items() if "memory" in name]
+    return ", ".join(parts)
 
 
 def show_activity(activity: dict[str, Any], *, as_json: bool) -> None:

@@ -115,9 +115,18 @@ class ExecutorError(AgentError):
 
 
 class ExecutorUnavailable(ExecutorError):
-    """This machine cannot start containers now; the message says why and what to do."""
+    """Containers cannot be started now; the message says why and what to do.
+
+    `party` is what is away when it is not this machine's runtime; `away`: whoever found that out has told of it.
+    """
 
     transient = True
+    away = False
+
+    def __init__(self, message: str, *, party: str | None = None, away: bool = False) -> None:
+        super().__init__(message)
+        self.party = party
+        self.away = away
 
 
 class ImageError(ExecutorError):

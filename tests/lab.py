@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ import aiohttp
 from agent.sandbox.server import Sandbox
 from tests.agents import WEBHOOK_KEY, AgentProcess, running_agent, until
 from tests.images import SCRIPT, images
+
+CRATE = "ro-crate-metadata.json"
 
 
 class Lab:
@@ -77,7 +80,21 @@ class Lab:
         return documents
 
     async def outputs(self, activity_id: str) -> dict[str, bytes]:
-        """Return an Activity's Outputs: the path below the run's Folder, and the bytes as a person downloads them."""
+        """Return what an Activity's run wrote: the path below its Folder, and the bytes as a person downloads them.
+
+        The crate that tells of the run is `crate`'s.
+        """
+        found = await self.everything(activity_id)
+        found.pop(CRATE, None)
+        return found
+
+    async def crate(self, activity_id: str) -> dict[str, Any]:
+        """Return the crate of an Activity's run."""
+        document: dict[str, Any] = json.loads((await self.everything(activity_id))[CRATE])
+        return document
+
+    async def everything(self, activity_id: str) -> dict[str, bytes]:
+        """Return an Activity's Outputs, each once."""
         found: dict[str, bytes] = {}
         for document in await self.output_documents(activity_id):
             assert document["attributes"]["upload-status"] == "complete", document

@@ -13,6 +13,7 @@ from aiohttp import web
 from agent.adapters.ovation import Ovation
 from agent.db.database import Database
 from agent.db.jobs import Jobs
+from agent.db.outputs import Outputs
 from agent.db.reconciliations import Reconciliations
 from agent.db.watched import WatchList
 from agent.domain.decide import Limits, decide
@@ -92,6 +93,7 @@ async def triggers(sandbox: Sandbox, database: Database, directory: Path, **agen
             database=database,
             watch_list=watch_list,
             jobs=jobs,
+            outputs=Outputs(database),
             ovation=ovation,
             data_dir=directory,
             admin_token="admin",

@@ -129,7 +129,10 @@ async def inspect(program: Path, image: Path, user: User | None, temporary: Path
         )
     labels = attributes.get("labels") or {}
     return ImageFacts(
-        labels={str(key): str(value) for key, value in labels.items()}, runscript=runscript, runtime=runtime
+        labels={str(key): str(value) for key, value in labels.items()},
+        runscript=runscript,
+        runtime=runtime,
+        definition=str(attributes.get("deffile") or ""),
     )
 
 

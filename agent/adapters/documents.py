@@ -94,6 +94,13 @@ def properties(answer: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def annotations_in(answer: Mapping[str, Any], kind: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return the annotations of a kind in an answer, each with what it says."""
+    found = answer.get(kind.replace("-", "_"))
+    documents = [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+    return [(each, each["annotation"]) for each in documents if isinstance(each.get("annotation"), dict)]
+
+
 def project_of(document: Mapping[str, Any]) -> str:
     """Return the id of the Project that an Activity belongs to: the first of its `_collaboration_roots`."""
     links = document.get("links")

@@ -26,6 +26,7 @@ from agent.adapters.circuit import Circuit, ask
 from agent.adapters.lane import CONNECT_SECONDS, KEPT_SECONDS, STALL_SECONDS
 from agent.adapters.lanes import Lanes, in_thread
 from agent.adapters.objects import Vouched, WrongBytes, refuse
+from agent.adapters.origins import UNREADABLE
 from agent.adapters.part import Part, bytes_on_disk
 from agent.adapters.ranged import Address, RangedDownload, range_bytes
 from agent.adapters.remote import RemoteGuard
@@ -314,5 +315,5 @@ def _address(url: str) -> URL:
     """Return a presigned address as it was signed; what no request line can hold is quoted."""
     try:
         return URL(url, encoded=_SENDABLE.fullmatch(url) is not None)
-    except ValueError:
+    except UNREADABLE:
         raise StorageRefused("its address is not one that can be read") from None

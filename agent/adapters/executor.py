@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from agent.domain.container import Ending, Network
+from agent.domain.resources import NOTHING_SAID, Resources
 
 __all__ = [
     "Ended",
@@ -30,7 +31,8 @@ class RunRequest:
     `directory` belongs to this attempt alone; the executor makes `outputs/` (what the container sees as `/outputs`),
     `scratch/` (its `/tmp`), `stdout.log`, `stderr.log` and its own records below it. `image`, `inputs` and
     `related` exist already. All paths are absolute. With `outputs_directory` the outputs are there instead. A run whose
-    stdout or stderr grows past `max_log_bytes` is ended.
+    stdout or stderr grows past `max_log_bytes` is ended. `resources` is what it is to be given; its time is in
+    `time_limit_seconds`.
     """
 
     name: str
@@ -43,6 +45,7 @@ class RunRequest:
     outputs_directory: Path | None = None
     native_id: str | None = None
     max_log_bytes: int | None = None
+    resources: Resources = NOTHING_SAID
 
     @property
     def outputs(self) -> Path:
@@ -77,21 +80,26 @@ class NotStarted:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """The run was started and has not ended."""
+    """The run was started and has not ended. `waiting_for`: what a batch system keeps it waiting for, in words."""
 
     native_id: str
-    started_at: datetime
+    started_at: datetime | None
+    waiting_for: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The run is over. `exit_code` is what Apptainer returned (128 + n for signal n), `None` when nobody saw it."""
+    """The run is over. `exit_code` is what Apptainer returned (128 + n for signal n), `None` when nobody saw it.
+
+    `detail` is what a batch system says of its end, in words.
+    """
 
     ending: Ending
     exit_code: int | None
     started_at: datetime | None
     finished_at: datetime | None
     usage: Usage | None
+    detail: str | None = None
 
 
 Status = NotStarted | Running | Ended
@@ -104,6 +112,7 @@ class ImageFacts:
     labels: dict[str, str]
     runscript: str
     runtime: str  # for instance "apptainer version 1.4.5"
+    definition: str = ""  # the definition file that it was built from, where it has that
 
 
 class Executor(Protocol):
@@ -124,6 +133,10 @@ class Executor(Protocol):
             ImageError: not an image, truncated, or without a default command.
             ExecutorUnavailable: the runtime itself does not work.
         """
+        ...
+
+    async def cannot_keep(self, resources: Resources) -> list[str]:
+        """Say which of these resources a run is not kept to here, and why, each in a sentence."""
         ...
 
     async def start(self, request: RunRequest) -> Running | Ended:

@@ -12,21 +12,23 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from agent.adapters import apptainer, files, host_image, runner
-from agent.adapters.executor import Ended, Ending, ImageFacts, NotStarted, Running, RunRequest, Status, Usage
-from agent.domain.container import Container, User, arguments, environment
+from agent.adapters.executor import Ended, Ending, ImageFacts, NotStarted, Running, RunRequest, Status
+from agent.adapters.run_directory import PRIVATE, SCRATCH, ended, prepare, running, specification
+from agent.domain.container import User
+from agent.domain.resources import Resources
 from agent.errors import ExecutorUnavailable
 
 NOBODY = User(65534, 65534)
 
-_PRIVATE = "private"  # Apptainer's own home and temporary files
-_SCRATCH = "scratch"
 _AGAIN_SECONDS = 0.05
 _TAIL_BYTES = 8192
 _HANDSHAKE_SECONDS = 30.0
+_GPUS = Path("/dev/nvidiactl")
+_LIMITS = ("--cpus", "1", "--memory", "256M")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class LocalExecutor:
     def __init__(self, settings: LocalSettings | None = None, *, search_path: str | None = None) -> None:
         self._settings = settings or LocalSettings()
         self._search_path = search_path
+        self._cannot: str | None = None  # why limits cannot be kept here; "": they can
 
     @property
     def user(self) -> User | None:
@@ -71,15 +74,35 @@ class LocalExecutor:
             for left in await asyncio.to_thread(lambda: list(temporary.iterdir())):
                 await self._throw_away(left)
         runtime = await apptainer.version(program, temporary)
+        complaint = await self._try(program)
+        if complaint is not None:
+            raise ExecutorUnavailable(host_image.complaint(program, complaint))
+        return runtime
+
+    async def _try(self, program: Path, *options: str) -> str | None:
+        """Run a container of this machine's own programs; return what it complained about when it fails."""
         with tempfile.TemporaryDirectory(
-            prefix="ovation-agent-check-", dir=temporary, ignore_cleanup_errors=True
+            prefix="ovation-agent-check-", dir=self._settings.temporary, ignore_cleanup_errors=True
         ) as place:
             request = await asyncio.to_thread(host_image.request, Path(place))
-            await self._launch(request, program, extra=host_image.mounts())
+            await self._launch(request, program, extra=[*host_image.mounts(), *options])
             status = await self.wait(request, host_image.TIME_LIMIT_SECONDS * 2)
-            if not isinstance(status, Ended) or status.exit_code != 0:
-                raise ExecutorUnavailable(host_image.complaint(program, files.tail(request.stderr, _TAIL_BYTES)))
-        return runtime
+            if isinstance(status, Ended) and status.exit_code == 0:
+                return None
+            return files.tail(request.stderr, _TAIL_BYTES)
+
+    async def cannot_keep(self, resources: Resources) -> list[str]:
+        """Say which of these resources a run is not kept to here, and why, each in a sentence."""
+        found = []
+        if resources.gpus and not _has_gpus():
+            found.append("There is no NVIDIA GPU on this machine.")
+        if resources.cpus or resources.memory_bytes:
+            if self._cannot is None:
+                complaint = await self._try(apptainer.find_program(self._search_path), *_LIMITS)
+                self._cannot = "" if complaint is None else complaint.strip().rpartition("\n")[2] or "it failed"
+            if self._cannot:
+                found.append(f"This machine does not keep runs to their CPUs and memory: {self._cannot[:300]}")
+        return found
 
     async def _throw_away(self, left: Path) -> None:
         """Remove what a killed process left of a check, whose container may still be running."""
@@ -153,14 +176,14 @@ class LocalExecutor:
         if claim is None:
             return NotStarted()
         if runner.alive(claim):
-            return _running(claim)
+            return running(claim)
         with _locked(place) as is_free:
             if not is_free:
-                return _running(claim)
+                return running(claim)
             record = runner.read_json(place, runner.EXIT)
             if record is None:
                 record = self._give_up(place, claim)
-        return _ended(record)
+        return ended(record)
 
     def _give_up(self, place: str, claim: dict[str, Any]) -> dict[str, Any]:
         """Record that the run is lost, once nothing of it runs any more."""
@@ -175,55 +198,28 @@ class LocalExecutor:
             "finished_at": time.time(),
         }
         runner.write_json(place, runner.EXIT, record)
-        for name in (_PRIVATE, _SCRATCH):
+        for name in (PRIVATE, SCRATCH):
             runner.remove_tree(str(Path(place) / name))
         return record
 
+    def _spec(self, request: RunRequest, program: Path, extra: Sequence[str]) -> dict[str, Any]:
+        unsquash = os.geteuid() != 0 and not apptainer.fuse_is_usable()
+        grace, kill = self._settings.grace_seconds, self._settings.kill_seconds
+        limits = self._cannot == ""
+        return specification(
+            request, str(program), self.user, grace, kill, unsquash=unsquash, extra=extra, limits=limits
+        )
+
     async def _launch(self, request: RunRequest, program: Path, extra: Sequence[str] = ()) -> int:
         try:
-            await asyncio.to_thread(self._prepare, request, self._spec(request, program, extra))
+            await asyncio.to_thread(prepare, request, self._spec(request, program, extra), self.user)
         except (OSError, ValueError) as error:
             raise ExecutorUnavailable(f"The run in {request.directory} cannot be prepared: {error}") from error
         return await _start_runner(request.directory)
 
-    def _prepare(self, request: RunRequest, spec: dict[str, Any]) -> None:
-        """Make the directories and write what is to be run; nothing of that when a runner has it already."""
-        request.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for name in (_PRIVATE, _SCRATCH):
-            (request.directory / name).mkdir(mode=0o700, exist_ok=True)
-        request.outputs.mkdir(mode=0o700, exist_ok=True)
-        if self.user is not None:
-            for path in (request.outputs, request.directory / _SCRATCH):
-                os.chown(path, self.user.uid, self.user.gid, follow_symlinks=False)
-        for log in (request.stdout, request.stderr):
-            log.touch(mode=0o600)
-        runner.write_json(str(request.directory), runner.SPEC, spec)
 
-    def _spec(self, request: RunRequest, program: Path, extra: Sequence[str]) -> dict[str, Any]:
-        container = Container(
-            image=PurePosixPath(request.image),
-            inputs=PurePosixPath(request.inputs),
-            related=PurePosixPath(request.related),
-            outputs=PurePosixPath(request.outputs),
-            scratch=PurePosixPath(request.directory / _SCRATCH),
-            network=request.network,
-            user=self.user,
-            unsquash=os.geteuid() != 0 and not apptainer.fuse_is_usable(),
-        )
-        home = PurePosixPath(request.directory / _PRIVATE)
-        *options, image = arguments(container)
-        return {
-            "name": request.name,
-            "argv": [str(program), *options, *extra, image],
-            "environment": environment(PurePosixPath(program), home),
-            "stdout": request.stdout.name,
-            "stderr": request.stderr.name,
-            "time_limit_seconds": request.time_limit_seconds,
-            "max_log_bytes": request.max_log_bytes,
-            "grace_seconds": self._settings.grace_seconds,
-            "kill_seconds": self._settings.kill_seconds,
-            "remove": [_PRIVATE, _SCRATCH],
-        }
+def _has_gpus() -> bool:
+    return _GPUS.exists()
 
 
 async def _start_runner(directory: Path) -> int:
@@ -307,29 +303,3 @@ def _locked(place: str) -> Iterator[bool]:
     finally:
         if handle is not None:
             os.close(handle)
-
-
-def _running(claim: dict[str, Any]) -> Running:
-    return Running(native_id=str(claim["pid"]), started_at=_moment(claim["at"]))
-
-
-def _ended(record: dict[str, Any]) -> Ended:
-    usage = None
-    if "wall_seconds" in record:
-        usage = Usage(
-            wall_seconds=record["wall_seconds"],
-            user_seconds=record["user_seconds"],
-            system_seconds=record["system_seconds"],
-            peak_memory_bytes=record["peak_memory_bytes"],
-        )
-    return Ended(
-        ending=Ending(record["ending"]),
-        exit_code=record["exit_code"],
-        started_at=_moment(record["started_at"]),
-        finished_at=_moment(record["finished_at"]),
-        usage=usage,
-    )
-
-
-def _moment(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)

@@ -9,6 +9,8 @@ from yarl import URL
 
 from agent.errors import ConfigurationError
 
+UNREADABLE = (ValueError, IndexError)
+"""What yarl raises for an address that cannot be read: 1.24 has an IndexError for `https://[]@`."""
 _LABEL = re.compile(r"[a-z0-9_-]+")
 
 
@@ -34,7 +36,7 @@ class Origins:
         try:
             address = URL(name if "://" in name else f"https://{name}")
             origin = _origin(address)
-        except ValueError:
+        except UNREADABLE:
             raise _unusable(host) from None
         if "*" in (address.raw_host or "*") or address.path not in {"", "/"} or address.user or address.query_string:
             raise _unusable(host)
@@ -51,7 +53,7 @@ class Origins:
         try:
             address = URL(url)
             origin = _origin(address)
-        except ValueError:
+        except UNREADABLE:
             return False
         if address.raw_user is not None or address.raw_password is not None:
             return False

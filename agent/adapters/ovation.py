@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import TracebackType
 from typing import Any, Self
@@ -78,6 +78,11 @@ class Ovation:
         return Ovation(self._settings, self._http, self._connection.for_person(token))
 
     @property
+    def api_url(self) -> str:
+        """Where the API is, without a slash at the end."""
+        return self._settings.api_url
+
+    @property
     def away(self) -> bool:
         """Whether Ovation is away, or whoever hands out its tokens while there is none: calls would be refused."""
         return self._connection.away
@@ -137,6 +142,17 @@ class Ovation:
         revision = await self.entity(organization, revision_id)
         found = [*await self._related(revision, "activities"), *await self._related(revision, "procedures")]
         return sorted({documents.identifier(entity) for entity in found if entity.get("type") == "Activity"})
+
+    async def operators(self, activity: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """Return the ids and names of the operators of an Activity, given its document."""
+        return [(each.id, each.name) for each in map(documents.entity, await self._related(activity, "operators"))]
+
+    async def came_from(self, organization: int, entity_id: str) -> list[tuple[str, str]]:
+        """Return the ids and names of the Activities around an entity, upstream and downstream, by Ovation's graph."""
+        path = f"/api/v1/o/{organization}/prov/{quote(entity_id, safe='')}"
+        found = documents.entities(await self._call("GET", path), "provenance")
+        activities = [document for document in found if document.get("type") == "Activity"]
+        return [(documents.identifier(each), documents.text(each.get("name"), "an Activity")) for each in activities]
 
     async def download(self, revision: Mapping[str, Any]) -> Download:
         """Return where the bytes of a Revision document are now; the address soon expires.
@@ -202,6 +218,23 @@ class Ovation:
         body = [{"target_id": revision_id, "inverse_rel": "origins"}]
         path = documents.link(activity, "relationships", "outputs", "self")
         await self._call("POST", path, json=body, repeatable=True)
+
+    async def annotations(self, entity: Mapping[str, Any], kind: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Return everybody's annotations of a kind (`notes`, `timeline-events`), each with what it says."""
+        answer = await self._call("GET", documents.link(entity, "links", kind))
+        return documents.annotations_in(answer, kind)
+
+    async def annotate(
+        self, entity: Mapping[str, Any], kind: str, said: Sequence[Mapping[str, str]]
+    ) -> list[dict[str, Any]]:
+        """Add annotations to an entity and return their documents; a lost answer is not asked for again."""
+        body = {kind.replace("-", "_"): list(said)}
+        answer = await self._call("POST", documents.link(entity, "links", kind), json=body)
+        return [document for document, _ in documents.annotations_in(answer, kind)]
+
+    async def remove_annotation(self, entity: Mapping[str, Any], kind: str, annotation_id: str) -> None:
+        """Remove an annotation of the agent's own."""
+        await self._call("DELETE", f"{documents.link(entity, 'links', kind)}/{quote(annotation_id, safe='')}")
 
     async def _properties(self, entity: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         links = entity.get("links")

@@ -16,7 +16,7 @@ import tenacity
 from yarl import URL
 
 from agent.adapters.circuit import PATIENCE_SECONDS, Circuit, ask
-from agent.adapters.origins import Origins
+from agent.adapters.origins import UNREADABLE, Origins
 from agent.adapters.ovation_answers import exchange
 from agent.errors import OvationError, OvationRefused, OvationUnavailable
 from agent.settings import OvationSettings
@@ -95,7 +95,7 @@ class Connection:
         """
         try:
             url = self._api.join(URL(path))
-        except ValueError:
+        except UNREADABLE:
             raise OvationError("Ovation points to an address that cannot be read") from None
         if url not in self.origins:
             raise OvationError(f"Ovation points to {url.host}, which is not one of its own hosts (OVATION_HOSTS)")

@@ -1,8 +1,11 @@
 """The small detached program under which one container runs, so that the run outlives the agent.
 
 Started as `python -I -S runner.py DIRECTORY`, it forks twice into a session of its own and is nobody's child. The first
-process stays until the container was started, and its exit code says what became of that. Standard library only, and
-little of that: it is a file, not a package member, and its start is part of every run.
+process stays until the container was started, and its exit code says what became of that. As `runner.py --in-place
+DIRECTORY`, which is how a batch job starts it, it stays where it is, and its exit code is the container's; afterwards
+`runner.py --sweep DIRECTORY` ends what one that was killed has left. Standard
+library only, and little of that: it is a file, not a package member, and its start is part of every run. It runs on
+Python 3.9.
 
 In DIRECTORY:
 
@@ -11,6 +14,7 @@ In DIRECTORY:
     claim          who runs it: pid, start time, boot. Made once; whoever finds it there does nothing
     started.json   the container's pid and start time, written before it runs
     cancel         made by the executor to cancel, with SIGTERM to wake the runner
+    alive          touched every few seconds with --in-place: the sign of life for whoever cannot see the process
     exit.json      how it ended; the last thing that is written
     runner.log     what went wrong in the runner itself
 """
@@ -36,6 +40,7 @@ STARTED = "started.json"
 CANCEL = "cancel"
 EXIT = "exit.json"
 LOG = "runner.log"
+ALIVE = "alive"
 
 STARTED_CODE = 0
 CLAIMED_CODE = 3  # another runner has this directory
@@ -45,6 +50,8 @@ _LOOK_SECONDS = 2.0
 _WAKING = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _STOPPING = frozenset({signal.SIGTERM, signal.SIGINT})
 _PR_SET_CHILD_SUBREAPER = 36
+_TERMINATED = 128 + signal.SIGTERM
+_HEARS_SECONDS = 1.0
 
 
 class AlreadyClaimed(Exception):
@@ -202,8 +209,10 @@ def remove_tree(path: str) -> None:
 class Run:
     """One container, from its claim to its exit record."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, *, in_place: bool = False) -> None:
         self.directory = directory
+        self.in_place = in_place
+        self.exit_code = FAILED_CODE
         self.spec: dict[str, Any] = {}
         self.container = 0
         self.started_at = 0.0
@@ -221,18 +230,34 @@ class Run:
             raise RuntimeError(f"there is no {SPEC}")
         self.spec = spec
         # The lock comes before the claim: a claim without a lock is then a runner that is gone.
-        while lock(self.directory) is None:
+        while not self._locked():
             if self._there_is(CLAIM):
                 raise AlreadyClaimed
             time.sleep(0.001)  # somebody looks, or another runner is about to claim
         self.started_at = time.time()
         try:
-            write_json(self.directory, CLAIM, identity(os.getpid()) | {"at": self.started_at}, exclusive=True)
+            write_json(self.directory, CLAIM, self._who() | {"at": self.started_at}, exclusive=True)
         except FileExistsError:
             raise AlreadyClaimed from None
 
+    def _locked(self) -> bool:
+        try:
+            return lock(self.directory) is not None
+        except OSError:
+            if not self.in_place:
+                raise
+            return True  # not every shared file system has locks, and there the claim alone decides
+
+    def _who(self) -> dict[str, Any]:
+        who = identity(os.getpid())
+        if self.in_place:
+            who |= {"host": os.uname().nodename, "batch_job": os.environ.get("SLURM_JOB_ID")}
+        return who
+
     def start(self) -> None:
         """Start the container in a session of its own."""
+        if self.in_place:
+            self._live()
         outputs = [self._open_log("stdout"), self._open_log("stderr")]
         gate, key = os.pipe()
         self.container = os.fork()
@@ -253,6 +278,8 @@ class Run:
         while not self._ended():
             now = time.monotonic()
             self._look(over_limit=now >= limit)
+            if self.in_place:
+                self._live()
             until = limit
             if self.reason is not None:
                 self.stopping = self.stopping or self._stop()
@@ -276,6 +303,14 @@ class Run:
             self.reason = "time_limit"
         elif self.reason is None and self._wrote_too_much():
             self.reason = "log_limit"
+
+    def _live(self) -> None:
+        with suppress(OSError):
+            handle = os.open(f"{self.directory}/{ALIVE}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.pwrite(handle, f"{time.time():.0f}".encode(), 0)
+            finally:
+                os.close(handle)
 
     def _wrote_too_much(self) -> bool:
         most = self.spec.get("max_log_bytes")  # a spec that an older agent wrote has none
@@ -301,7 +336,11 @@ class Run:
             os.waitpid(found.si_pid, 0)
 
     def _write_exit(self, code: int, usage: resource.struct_rusage, wall_seconds: float) -> None:
-        exit_code = code if code >= 0 else 128 - code
+        exit_code = self.exit_code = code if code >= 0 else 128 - code
+        if self.in_place and self.stopping is None and exit_code == _TERMINATED:
+            # Slurm tells every process of a job to end, and this one may hear of it last.
+            if signal.sigtimedwait(_STOPPING, _HEARS_SECONDS) is not None:
+                self.reason = self.reason or "lost"
         ending = (self.reason or "exited") if self.stopping else "exited"
         # The machine's shutdown may have told the container to end before it told this runner.
         if self.stopping is None and exit_code != 0 and (self.reason == "lost" or _STOPPING & signal.sigpending()):
@@ -345,6 +384,14 @@ class Run:
         path = f"{self.directory}/{self.spec[name]}"
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
+    def _program(self, name: str) -> str:
+        """Return where a program is: on a batch system's node, wherever its own PATH finds it."""
+        if "/" not in name:
+            for place in os.get_exec_path():
+                if os.access(f"{place}/{name}", os.X_OK):
+                    return f"{place}/{name}"
+        return name
+
     def _become_container(self, gate: int, outputs: list[int]) -> NoReturn:
         try:
             os.setsid()
@@ -356,7 +403,7 @@ class Run:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             argv = self.spec["argv"]
-            os.execve(argv[0], argv, self.spec["environment"])  # noqa: S606 no shell is what is wanted
+            os.execve(self._program(argv[0]), argv, self.spec["environment"])  # noqa: S606 no shell is what is wanted
         except BaseException as error:  # noqa: BLE001 a forked child must not go on as its parent
             os.write(2, f"FATAL:   the container could not be started: {error}\n".encode(errors="replace"))
         os._exit(255)
@@ -386,13 +433,13 @@ def _detach() -> int:
     return writer
 
 
-def main(directory: str) -> None:
-    """Run what DIRECTORY says, detached."""
+def main(directory: str, *, in_place: bool = False) -> int:
+    """Run what DIRECTORY says, detached or in place; return the code for this process to end with."""
     os.umask(0o077)
     os.chdir("/")
     signal.pthread_sigmask(signal.SIG_BLOCK, _WAKING)
-    writer = _detach()
-    run = Run(directory)
+    writer = os.open(os.devnull, os.O_WRONLY) if in_place else _detach()
+    run = Run(directory, in_place=in_place)
     try:
         run.claim()
         _adopt_orphans()
@@ -401,8 +448,31 @@ def main(directory: str) -> None:
         run.watch()
     except AlreadyClaimed:
         _answer(writer, CLAIMED_CODE)
+        return CLAIMED_CODE
     except BaseException:  # noqa: BLE001 nobody else would hear of it
         _note(directory)
+    return run.exit_code
+
+
+def sweep_after(directory: str) -> None:
+    """End what a runner that was killed has left of this batch job, and record that the run is lost."""
+    claim, end = read_json(directory, CLAIM), read_json(directory, EXIT)
+    if claim is None or end is not None or claim.get("batch_job") != os.environ.get("SLURM_JOB_ID") or alive(claim):
+        return
+    spec, started = read_json(directory, SPEC) or {}, read_json(directory, STARTED)
+    if started is not None and started["boot"] == boot_id():
+        sweep(started, float(spec["grace_seconds"]), float(spec["kill_seconds"]))
+    record = {
+        "ending": "lost",
+        "exit_code": None,
+        "started_at": claim["at"],
+        "finished_at": time.time(),
+        "detail": "The program on the node that watches over the run was killed.",
+    }
+    with suppress(FileExistsError):
+        write_json(directory, EXIT, record, exclusive=True)
+    for name in spec.get("remove", ()):
+        remove_tree(f"{directory}/{name}")
 
 
 def _answer(writer: int, code: int) -> None:
@@ -433,4 +503,7 @@ def _read(path: str) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if sys.argv[1] == "--sweep":
+        sweep_after(sys.argv[2])
+    else:
+        sys.exit(main(sys.argv[-1], in_place=sys.argv[1] == "--in-place"))

@@ -256,6 +256,22 @@ class Jobs:
         if kept is None:
             raise LeaseLost(f"the lease of job {claim.job.id} is another's")
 
+    async def annotated(self, job_id: str) -> list[str]:
+        """Return which annotations of a run are on its Activity."""
+        async with self._database.queries() as queries:
+            return list(await queries.value("annotated", id=uuid.UUID(job_id)) or ())
+
+    async def set_annotated(self, claim: Claim, kind: str) -> None:
+        """Record that an annotation is on the Activity.
+
+        Raises:
+            LeaseLost: another worker holds the job.
+        """
+        async with self._database.queries() as queries:
+            kept = await queries.value("set_annotated", id=claim.job.id, lease_token=claim.token, kind=kind)
+        if kept is None:
+            raise LeaseLost(f"the lease of job {claim.job.id} is another's")
+
     async def seconds_to_next(self, place: str, most: float) -> float:
         """Return how long to sleep until the next job falls due here, `most` seconds at the longest."""
         async with self._database.queries() as queries:
@@ -275,7 +291,12 @@ class Jobs:
 
 
 async def insert_job(
-    queries: Queries, activity: Activity, plan: Plan, trigger: str, requested_by: str | None = None
+    queries: Queries,
+    activity: Activity,
+    plan: Plan,
+    trigger: str,
+    requested_by: str | None = None,
+    exact_of: str | None = None,
 ) -> Job | None:
     """Make a job in the caller's transaction; nothing when the Activity has a live one already."""
     row = await queries.row(
@@ -290,6 +311,7 @@ async def insert_job(
         image_revision_id=plan.image.entity_id,
         trigger=trigger,
         requested_by=requested_by,
+        exact_of=uuid.UUID(exact_of) if exact_of else None,
     )
     return None if row is None else job_from(row)
 
@@ -306,6 +328,7 @@ def plan_from(document: Mapping[str, Any]) -> Plan:
         inputs=tuple(PlannedFile(**file) for file in document["inputs"]),
         related=tuple(PlannedFile(**file) for file in document["related"]),
         image=PlannedFile(**document["image"]),
+        wishes=document.get("wishes", {}),
     )
 
 
@@ -343,4 +366,6 @@ def job_from(row: Row) -> Job:
         started_at=row["started_at"],
         finished_at=row["finished_at"],
         progress=row["progress"],
+        resources=row["resources"],
+        exact_of=str(row["exact_of"]) if row["exact_of"] else None,
     )

@@ -132,6 +132,7 @@ def _document(
         "keep": keep_seconds,
         "note": note,
         "done": done or None,
+        "resources": dict(move.resources) if move.resources else None,
     }
 
 
@@ -152,6 +153,7 @@ def _moved(job: Job, move: Move, row: Row) -> Job:
         waiting_seconds=0.0,
         suspicion=0,
         progress={},
+        resources={**job.resources, **(move.resources or {})},
         folder_id=row["folder_id"],
         cancel_requested=row["cancel_requested"],
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
@@ -17,6 +17,7 @@ class Kind(StrEnum):
     LOG = "log"
     FOLDER = "folder"
     OUTPUT = "output"
+    CRATE = "crate"  # what tells of all the others; goes last
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,12 @@ class Outputs:
             for row in rows
         ]
         return {(output.kind, output.path): output for output in found}
+
+    async def makers(self, revision_ids: Iterable[str]) -> dict[str, str]:
+        """Return the job that has made each of these Revisions, by Revision; of others nothing is said."""
+        async with self._database.queries() as queries:
+            rows = await queries.rows("makers", revision_ids=list(revision_ids))
+        return {row["revision_id"]: str(row["job_id"]) for row in rows}
 
     async def save(self, claim: Claim, output: Output) -> None:
         """Record how far an output is.

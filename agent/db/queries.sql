@@ -151,10 +151,10 @@ SELECT plan FROM jobs WHERE activity_id = :activity_id;
 -- Make a job with the Activity's next run number; nothing when one is live.
 WITH made AS (
     INSERT INTO jobs (id, organization, activity_id, activity_name, project_id, run, plan, image_name,
-        image_revision_id, trigger, requested_by)
+        image_revision_id, trigger, requested_by, exact_of)
     SELECT :id, :organization, :activity_id, :activity_name, :project_id,
         coalesce((SELECT max(run) FROM jobs WHERE activity_id = :activity_id), 0) + 1,
-        :plan, :image_name, :image_revision_id, :trigger, :requested_by
+        :plan, :image_name, :image_revision_id, :trigger, :requested_by, :exact_of
     ON CONFLICT DO NOTHING
     RETURNING *),
 told AS (INSERT INTO job_events (job_id, state, attempt) SELECT id, state, attempt FROM made)
@@ -288,7 +288,7 @@ WITH moves AS (
         id uuid, lease_token bigint, from_state text, state text, wait float8, attempt integer, launch integer,
         waiting_for text, waiting_party text, elsewhere boolean, verdict text, fault_class text, fault_message text,
         exit_code integer, native_id text, started_at timestamptz, terminal boolean, keep float8, note text,
-        done jsonb)),
+        done jsonb, resources jsonb)),
 before AS (
     SELECT id, j.state, j.attempt, j.launch, coalesce(j.waiting_party, split_part(j.waiting_for, ',', 1)) AS waits
     FROM jobs j JOIN moves USING (id) WHERE id = ANY(ARRAY(SELECT m.id FROM moves m)) ORDER BY id FOR UPDATE OF j),
@@ -307,6 +307,7 @@ moved AS (
         waiting_since = CASE WHEN m.waiting_for IS NOT NULL THEN
             CASE WHEN j.state = m.state THEN coalesce(waiting_since, now()) ELSE now() END END,
         progress = CASE WHEN j.state = m.state THEN progress ELSE '{}' END,
+        resources = j.resources || coalesce(m.resources, '{}'),
         finished_at = CASE WHEN m.terminal THEN now() END
     FROM moves m JOIN before USING (id)
     WHERE j.id = ANY(ARRAY(SELECT b.id FROM before b)) AND j.id = m.id
@@ -330,6 +331,20 @@ UPDATE jobs SET due_at = now() WHERE id IN (SELECT id FROM waiting);
 -- name: set_progress!
 -- How far the current step is.
 UPDATE jobs SET progress = :progress WHERE id = :id AND lease_token = :lease_token AND lease_until IS NOT NULL;
+
+-- name: annotated$
+-- Which annotations of a run are on its Activity.
+SELECT annotated FROM jobs WHERE id = :id;
+
+-- name: set_annotated$
+-- One more is.
+UPDATE jobs SET annotated = array_append(annotated, :kind::text)
+WHERE id = :id AND lease_token = :lease_token AND lease_until IS NOT NULL
+RETURNING id;
+
+-- name: makers
+-- Which job has made each of these Revisions.
+SELECT DISTINCT revision_id, job_id FROM outputs WHERE revision_id = ANY(:revision_ids) AND linked;
 
 -- name: set_folder$
 -- The run's Folder, made once.

@@ -138,16 +138,21 @@ class WatchList:
             return await live_job(queries, activity_id)
 
     async def start(
-        self, activity: Activity, plan: Plan, trigger: str, requested_by: str | None = None
+        self,
+        activity: Activity,
+        plan: Plan,
+        trigger: str,
+        requested_by: str | None = None,
+        exact_of: str | None = None,
     ) -> tuple[Job, bool]:
         """Make a job, or return the Activity's live one; the second value says whether it was made now."""
         async with self._database.transaction() as queries:
-            made = await insert_job(queries, activity, plan, trigger, requested_by)
+            made = await insert_job(queries, activity, plan, trigger, requested_by, exact_of)
             if made is not None:
                 return made, True
             live = await live_job(queries, activity.id)
         if live is None:  # it ended between the two statements
-            return await self.start(activity, plan, trigger, requested_by)
+            return await self.start(activity, plan, trigger, requested_by, exact_of)
         return live, False
 
     async def judged(

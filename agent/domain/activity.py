@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 
 from agent.domain.job import Plan, PlannedFile
+from agent.domain.resources import wishes
 from agent.domain.workdir import unique_names
 
 IMAGE_PROPERTY = "compute.image"
@@ -198,7 +199,12 @@ def _plan(activity: Activity, image: Entity) -> Plan:
     # A related file that is not whole yet is left out: only inputs and the image decide when a run starts.
     related = [entity for entity in activity.related if entity.upload is Upload.COMPLETE]
     files = dict(zip((entity.id for entity in related), _pinned(related), strict=True))
-    return Plan(inputs=tuple(_pinned(activity.inputs)), related=tuple(files.values()), image=files[image.id])
+    return Plan(
+        inputs=tuple(_pinned(activity.inputs)),
+        related=tuple(files.values()),
+        image=files[image.id],
+        wishes=wishes(activity.properties),
+    )
 
 
 def _pinned(entities: Iterable[Entity]) -> list[PlannedFile]:

@@ -37,6 +37,9 @@ class Ending(StrEnum):
     TIME_LIMIT = "time_limit"
     LOG_LIMIT = "log_limit"  # it wrote without end
     CANCELLED = "cancelled"
+    MEMORY = "memory"  # its batch system ended it for what it took
+    OUTSIDE = "outside"  # somebody ended it in the batch system
+    REFUSED = "refused"  # the batch system will never run it
     LOST = "lost"  # its machine rebooted or its runner was killed: nobody saw it end
 
 
@@ -57,7 +60,8 @@ class Container:
     """One run of an image. All paths are absolute and on the host; none of the directories is inside another.
 
     `user` is `None` when the agent is not root: the container then runs as the agent's own user. `unsquash` unpacks
-    the image instead of mounting it, for a user who may not use FUSE.
+    the image instead of mounting it, for a user who may not use FUSE. `nvidia` shows it the GPUs' devices and
+    libraries. `cpus` and `memory_bytes` are limits that Apptainer is to keep, where it can.
     """
 
     image: PurePosixPath
@@ -68,6 +72,9 @@ class Container:
     network: Network = "none"
     user: User | None = None
     unsquash: bool = False
+    nvidia: bool = False
+    cpus: int | None = None
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +104,9 @@ def arguments(container: Container) -> list[str]:
         *_identity(container.user),
         *(("--net", "--network", "none") if container.network == "none" else ()),
         *(("--unsquash",) if container.unsquash else ()),
+        *(("--nv",) if container.nvidia else ()),
+        *(("--cpus", str(container.cpus)) if container.cpus else ()),
+        *(("--memory", str(container.memory_bytes)) if container.memory_bytes else ()),
         "--pwd",
         OUTPUTS,
         "--workdir",  # else /tmp and /var/tmp are 64 MB of memory
@@ -146,30 +156,36 @@ def inspection_environment(program: PurePosixPath, home: PurePosixPath, user: Us
     }
 
 
-def judge(
+def judge(  # noqa: PLR0911 one for each ending
     ending: Ending,
     exit_code: int | None,
     stderr_tail: str,
     *,
     time_limit_seconds: float | None = None,
     max_log_bytes: int | None = None,
+    detail: str | None = None,
 ) -> Judgement:
     """Return what a run came to.
 
     `exit_code` is 128 + n for signal n. `stderr_tail` is the end of what the container and Apptainer wrote to
-    standard error; it is hostile, and only ever quoted.
+    standard error; it is hostile, and only ever quoted. `detail` is what a batch system says of its end.
     """
     match ending:
         case Ending.CANCELLED:
             return Judgement(Verdict.CANCELLED)
         case Ending.TIME_LIMIT:
             limit = f" of {_duration(time_limit_seconds)}" if time_limit_seconds else ""
-            return _failed(FaultClass.TIME_LIMIT, f"The run was stopped at its time limit{limit}.")
+            return _failed(FaultClass.TIME_LIMIT, detail or f"The run was stopped at its time limit{limit}.")
         case Ending.LOG_LIMIT:
             limit = f" of {max_log_bytes} bytes" if max_log_bytes else ""
             return _failed(FaultClass.USER_CODE, f"The run was stopped: its log grew past the limit{limit}.")
+        case Ending.MEMORY:
+            return _failed(FaultClass.MEMORY, detail or "The run needed more memory than it was given.")
+        case Ending.OUTSIDE | Ending.REFUSED:
+            return _failed(FaultClass.PLATFORM, detail or "The batch system ended the run.")
         case Ending.LOST:
-            return _failed(FaultClass.NODE, "The machine restarted, or stopped the run; nobody saw how it ended.")
+            lost = "The machine restarted, or stopped the run; nobody saw how it ended."
+            return _failed(FaultClass.NODE, detail or lost)
         case Ending.EXITED:
             return _judge_exit(exit_code, stderr_tail)
 

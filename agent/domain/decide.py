@@ -127,6 +127,7 @@ def _advance(job: Job, done: Done) -> Move:
         native_id=done.native_id or job.native_id,
         started_at=job.started_at or done.started_at,
         waiting_for=None,
+        resources=done.resources,
     )
 
 

@@ -95,6 +95,7 @@ class Plan:
     inputs: tuple[PlannedFile, ...]
     related: tuple[PlannedFile, ...]
     image: PlannedFile
+    wishes: Mapping[str, str] = field(default_factory=dict)  # the Activity's compute.cpus, .memory, .gpus and .time
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,8 @@ class Job:
     started_at: datetime | None = None  # the container
     finished_at: datetime | None = None  # the job
     progress: Mapping[str, object] = field(default_factory=dict)
+    exact_of: str | None = None  # the job that this one repeats, Revision by Revision
+    resources: Mapping[str, object] = field(default_factory=dict)  # asked, granted, notes and used, once they are known
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +146,7 @@ class Done:
     native_id: str | None = None
     started_at: datetime | None = None
     note: str | None = None  # for the job's story
+    resources: Mapping[str, object] | None = None  # what is to be added to the job's
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,3 +212,4 @@ class Move:
     waiting_for: str | None
     waiting_party: str | None = None
     elsewhere: bool = False  # any agent may go on with it
+    resources: Mapping[str, object] | None = None  # what is added to the job's

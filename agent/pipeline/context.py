@@ -17,6 +17,7 @@ from agent.adapters.upload import Uploader
 from agent.db.jobs import Claim, Jobs
 from agent.db.outputs import Outputs
 from agent.domain.job import Job, Outcome
+from agent.domain.resources import NOTHING_SAID, Resources
 from agent.domain.workdir import Layout
 from agent.pipeline.progress import Progress
 from agent.settings import AgentSettings
@@ -50,7 +51,7 @@ class Context:
 
     def run_request(self, job: Job) -> RunRequest:
         """Return the job's container; the same for the same launch of the job, however often it is asked for."""
-        layout = self.layout(job)
+        layout, granted = self.layout(job), granted_to(job)
         return RunRequest(
             name=f"ovation-{job.id}-{job.launch}",
             directory=Path(layout.run(job.launch)),
@@ -58,10 +59,17 @@ class Context:
             image=Path(layout.related) / job.plan.image.file_name,
             inputs=Path(layout.inputs),
             related=Path(layout.related),
-            time_limit_seconds=self.settings.time_limit_seconds,
+            time_limit_seconds=granted.time_seconds or self.settings.time_limit_seconds,
             network=self.settings.network,
             max_log_bytes=self.settings.max_log_bytes,
+            resources=granted,
         )
+
+
+def granted_to(job: Job) -> Resources:
+    """Return what a job was given; nothing before it is launched."""
+    granted = job.resources.get("granted")
+    return Resources(**granted) if isinstance(granted, dict) else NOTHING_SAID
 
 
 @dataclass(slots=True)

@@ -53,7 +53,7 @@ class Delivery:
     ) -> None:
         self._ovation = context.ovation
         self._progress = control.progress
-        self._activity = activity
+        self.activity = activity
         self._ledger = ledger
         self._uploads = uploads
         self._transfers = transfers
@@ -96,7 +96,7 @@ class Delivery:
             for item in remaining:
                 if self._is_away:
                     return
-                if item.kind is Kind.LOG or item.shown.rpartition("/")[0] in self._folders:
+                if item.kind is not Kind.OUTPUT or item.shown.rpartition("/")[0] in self._folders:
                     await self._tried(self._deliver(item))
 
         try:
@@ -156,7 +156,7 @@ class Delivery:
                 await self._forget(output, item.path, str(error))
                 return
         if not output.linked:
-            await self._ovation.add_output(self._activity, str(output.revision_id))
+            await self._ovation.add_output(self.activity, str(output.revision_id))
             await self._ledger.save(replace(output, linked=True))
         self._progress.files_done += 1
 

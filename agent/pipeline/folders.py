@@ -86,7 +86,7 @@ class Folders:
                 output = Output(output.kind, output.path)
         if file is None:
             folder, _, name = output.path.rpartition("/")
-            file = await self._found_or_made("" if output.kind is Kind.LOG else folder, "File", name)
+            file = await self._found_or_made("" if output.kind in {Kind.LOG, Kind.CRATE} else folder, "File", name)
             output = replace(output, entity_id=documents.identifier(file))
             await self._ledger.save(output)
         return output, file

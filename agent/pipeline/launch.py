@@ -3,50 +3,61 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-from agent.adapters.executor import Executor, NotStarted
+from agent.adapters.executor import Executor, ImageFacts, NotStarted
 from agent.db.jobs import Claim
 from agent.domain.job import Done, Failed, Fault, FaultClass, Outcome, Verdict
+from agent.domain.resources import grant
 from agent.errors import ImageError
 from agent.pipeline.context import Context, Control
+from agent.pipeline.provenance import keep_image_facts
 from agent.pipeline.staged import read_record
 
-_GOOD_MOST = 1000
-_good: WeakKeyDictionary[Executor, dict[str, None]] = WeakKeyDictionary()
-"""The images, by SHA-256, that each executor has found to be good: to inspect one starts Apptainer twice."""
+_KNOWN_MOST = 1000
+_known: WeakKeyDictionary[Executor, dict[str, ImageFacts]] = WeakKeyDictionary()
+"""What each executor has found images to be, by SHA-256: to inspect one starts Apptainer twice."""
 
 
 async def launch(context: Context, claim: Claim, control: Control) -> Outcome:
-    """Start the container once; the next state watches it, also when it has ended already."""
-    request = context.run_request(claim.job)
+    """Find the container of this launch or start it, with what it is given; a job cancelled before it has none."""
+    request, resources = context.run_request(claim.job), None
     if isinstance(await context.executor.status(request), NotStarted):
+        if control.cancelled.is_set():
+            return Done(verdict=Verdict.CANCELLED)
         try:
-            if not control.cancelled.is_set():
-                await _inspect(context.executor, request.image)
+            facts = await _facts(context.executor, request.image)
         except ImageError as error:
             return Failed(Fault(FaultClass.IMAGE, f"{claim.job.plan.image.name}: {error}"), final=True)
         if control.cancelled.is_set():
             return Done(verdict=Verdict.CANCELLED)
+        granted = grant(facts.labels, claim.job.plan.wishes, context.settings.given, context.settings.most)
+        cannot = await context.executor.cannot_keep(granted.given)
+        granted = replace(granted, notes=(*granted.notes, *cannot))
+        resources = granted.document()
+        await asyncio.to_thread(keep_image_facts, Path(context.layout(claim.job).root), facts)
+        request = context.run_request(replace(claim.job, resources=resources))
     status = await context.executor.start(request)
     native_id = getattr(status, "native_id", None)
-    return Done(native_id=native_id, started_at=status.started_at)
+    return Done(native_id=native_id, started_at=status.started_at, resources=resources)
 
 
-async def _inspect(executor: Executor, image: Path) -> None:
+async def _facts(executor: Executor, image: Path) -> ImageFacts:
     """Have the image inspected, unless the same bytes were found to be good before.
 
     Raises:
         ImageError: it cannot run.
     """
-    good = _good.setdefault(executor, {})
+    known = _known.setdefault(executor, {})
     record = await asyncio.to_thread(read_record, image.parent.parent)
     staged = record.get((image.parent.name, image.name))
-    if staged is not None and staged.sha256 in good:
-        return
-    await executor.inspect(image)
+    if staged is not None and staged.sha256 in known:
+        return known[staged.sha256]
+    facts = await executor.inspect(image)
     if staged is not None:
-        good[staged.sha256] = None
-        if len(good) > _GOOD_MOST:
-            del good[next(iter(good))]
+        known[staged.sha256] = facts
+        if len(known) > _KNOWN_MOST:
+            del known[next(iter(known))]
+    return facts

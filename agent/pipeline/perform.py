@@ -168,6 +168,6 @@ def _expected(error: AgentError) -> Outcome:
     for kind, party in parties.items():
         if isinstance(error, kind):
             seconds, is_told = getattr(error, "retry_after_seconds", None), getattr(error, "away", False)
-            return Outage(party, str(error), seconds=seconds, is_told=is_told)
+            return Outage(getattr(error, "party", None) or party, str(error), seconds=seconds, is_told=is_told)
     cls = FaultClass.IMAGE if isinstance(error, ImageError) else FaultClass.PLATFORM
     return Failed(Fault(cls, str(error)), final=not error.transient)

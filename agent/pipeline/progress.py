@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import asdict, dataclass
+from typing import Any
 
 _OVER_SECONDS = 10.0
 
@@ -16,6 +17,14 @@ class Progress:
     bytes_total: int = 0
     files_done: int = 0
     bytes_done: int = 0
+    waiting_for: str | None = None  # what a batch system keeps a run waiting for
+
+    def document(self) -> dict[str, Any]:
+        """Return how far the step is; nothing while it has not begun."""
+        found = asdict(self)
+        if found["waiting_for"] is None:
+            del found["waiting_for"]
+        return found if any(found.values()) else {}
 
     def add_bytes(self, count: int) -> None:
         """Count bytes that passed."""
@@ -29,14 +38,14 @@ class Meter:
         self._progress = progress
         self._seen: deque[tuple[float, int]] = deque()
 
-    def read(self, now: float) -> dict[str, int]:
+    def read(self, now: float) -> dict[str, Any]:
         """Return how far the step is at the time `now`, in seconds; nothing while it has not begun.
 
         `bytes_per_second` and `seconds_left` are there while bytes pass.
         """
         progress = self._progress
-        found = asdict(progress)
-        if not any(found.values()):
+        found = progress.document()
+        if not found:
             return {}
         self._seen.append((now, progress.bytes_done))
         while now - self._seen[0][0] > _OVER_SECONDS:

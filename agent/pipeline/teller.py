@@ -49,7 +49,7 @@ class Teller:
 
     def _parties(self, claim: Claim, outcome: Outcome) -> None:
         if isinstance(outcome, Outage):
-            if outcome.party not in HAVE_CIRCUITS and outcome.party not in self._away:
+            if not outcome.is_told and outcome.party not in HAVE_CIRCUITS and outcome.party not in self._away:
                 self._away[outcome.party] = time.monotonic()
                 logger().warning("party_away", party=outcome.party, reason=outcome.reason)
             return

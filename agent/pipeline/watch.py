@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 
-from agent.adapters.executor import Ended, Ending, NotStarted, Status
+from agent.adapters.executor import Ended, Ending, NotStarted, Running, Status
 from agent.adapters.files import tail
 from agent.db.jobs import Claim
 from agent.domain.container import judge
@@ -29,6 +30,7 @@ async def watch(context: Context, claim: Claim, control: Control) -> Outcome:
                 status: Status = await waiting
             finally:
                 waiting.cancel()
+            control.progress.waiting_for = status.waiting_for if isinstance(status, Running) else None
             if isinstance(status, NotStarted):
                 return Lost(Fault(FaultClass.NODE, "The run's files have disappeared from the machine that ran it."))
             if isinstance(status, Ended):
@@ -38,6 +40,7 @@ async def watch(context: Context, claim: Claim, control: Control) -> Outcome:
                     tail(request.stderr, _STDERR_TAIL_BYTES),
                     time_limit_seconds=request.time_limit_seconds,
                     max_log_bytes=request.max_log_bytes,
+                    detail=status.detail,
                 )
                 if status.ending is Ending.LOST and judgement.fault is not None:
                     return Lost(judgement.fault)
@@ -46,6 +49,7 @@ async def watch(context: Context, claim: Claim, control: Control) -> Outcome:
                     fault=judgement.fault,
                     exit_code=status.exit_code,
                     started_at=status.started_at,
+                    resources=None if status.usage is None else {"used": asdict(status.usage)},
                 )
     finally:
         cancelling.cancel()

@@ -8,7 +8,7 @@ import random
 import socket
 import time
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -295,7 +295,7 @@ class Worker:
         note = outcome.note if isinstance(outcome, Done) else None
         if isinstance(outcome, Lost) and move.launch > claim.job.launch:
             note = f"{outcome.fault.message} It is run again."
-        progress = asdict(control.progress)
+        progress = control.progress.document()
         keep = None
         if self._goes_on(job, outcome, move, control):
             keep = self._lease_seconds
@@ -303,9 +303,7 @@ class Worker:
         else:
             self._places.arrives(move.state)  # whoever comes next does not go past this one
         kept = await within_lease(
-            lambda: self._context.jobs.move(
-                claim, move, note=note, done=progress if any(progress.values()) else None, keep_seconds=keep
-            )
+            lambda: self._context.jobs.move(claim, move, note=note, done=progress or None, keep_seconds=keep)
         )
         if keep is None:
             self._places.arrives(move.state)  # a claim may have been under way that did not see it yet

@@ -31,6 +31,19 @@ _EXAMPLES: dict[str, Any] = {
     "agent_webhook_password": "...",
     "agent_admin_token": "...",
     "agent_max_bytes_per_second": 100_000_000,
+    "agent_cpus": 4,
+    "agent_memory_bytes": 8 << 30,
+    "agent_gpus": 1,
+    "agent_max_cpus": 32,
+    "agent_max_memory_bytes": 256 << 30,
+    "agent_max_gpus": 4,
+    "agent_max_time_limit_seconds": 7 * 86_400,
+    "agent_slurm_partition": "long",
+    "agent_slurm_account": "lab",
+    "agent_slurm_qos": "normal",
+    "agent_slurm_preamble": "/etc/ovation-agent/slurm-preamble.sh",
+    "agent_slurm_python": "python3.11",
+    "agent_slurm_apptainer": "apptainer",
 }
 _WIDTH = 116
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from agent.domain.resources import Resources
 from agent.errors import ConfigurationError
 from agent.settings import sources
 from agent.settings.types import (
@@ -17,6 +18,7 @@ from agent.settings.types import (
     Count,
     DatabaseAddress,
     Directory,
+    File,
     HeaderToken,
     Hosts,
     HostsOrOrigins,
@@ -32,8 +34,11 @@ from agent.settings.types import (
     Text,
     UserName,
     WebhookSecrets,
+    Words,
     webhook_key,
 )
+
+_RUNNING_IN_SLURM = 500
 
 
 def _pair(name: str, value: object, other_name: str, other: object) -> None:
@@ -114,7 +119,11 @@ class AgentSettings(_Group):
     admin_token: HeaderToken | None = Field(
         None, description="Bearer token for /api. Unset: one is made and kept in the data directory, mode 0600."
     )
-    executor: Literal["local"] = Field("local", description="Where containers run.")
+    executor: Literal["local", "slurm"] = Field(
+        "local",
+        description="Where containers run: here, or as batch jobs of a Slurm cluster whose nodes see the data directory"
+        " under the same name.",
+    )
     settle_seconds: Seconds = Field(10, description="Quiet time after a change before an Activity is judged.")
     settle_max_seconds: Seconds = Field(
         300, description="The longest wait for a quiet time: an Activity that never rests is judged all the same."
@@ -126,20 +135,51 @@ class AgentSettings(_Group):
         100, description="Activities that a walk has looked at although nothing says that they changed."
     )
     max_staging: Count = Field(4, description="Jobs that fetch their files at the same time.")
-    max_running: Count = Field(2, description="Containers that run at the same time.")
+    max_running: Count = Field(
+        2, description="Containers that run, or wait in Slurm, at the same time. With Slurm the default is 500."
+    )
+    cpus: Count | None = Field(None, description="CPUs of a run whose image and Activity wish for none.")
+    memory_bytes: Bytes | None = Field(None, description="Memory of a run whose image and Activity wish for none.")
+    gpus: Count | None = Field(None, description="GPUs of a run whose image and Activity wish for none.")
+    max_cpus: Count | None = Field(None, description="CPUs at most, whatever is wished for. Unset: no limit.")
+    max_memory_bytes: Bytes | None = Field(None, description="Memory at most, whatever is wished for. Unset: no limit.")
+    max_gpus: Count | None = Field(None, description="GPUs at most, whatever is wished for. Unset: no limit.")
+    max_time_limit_seconds: SomeSeconds | None = Field(
+        None, description="Wall time at most, whatever is wished for. Unset: time_limit_seconds."
+    )
     max_collecting: Count = Field(4, description="Jobs that deliver their outputs at the same time.")
     max_connections: Count = Field(32, description="Connections to the object store at the same time, for all jobs.")
     max_job_connections: Count = Field(8, description="Connections to the object store at the same time, for one job.")
     max_bytes_per_second: Count | None = Field(
         None, description="Bytes a second that downloads and uploads may take together. Unset: no limit."
     )
-    time_limit_seconds: SomeSeconds = Field(86_400, description="Wall time of a container.")
+    time_limit_seconds: SomeSeconds = Field(
+        86_400, description="Wall time of a container whose image and Activity wish for none."
+    )
     max_log_bytes: Bytes = Field(
         1_000_000_000, description="Size of a container's stdout or stderr past which it is ended."
     )
     network: Literal["none", "host"] = Field("none", description="What containers may reach.")
     container_user: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,9}:[1-9][0-9]{0,9}$")] = Field(
         "65534:65534", description="Numeric uid:gid that containers run as when the agent is root. Never 0."
+    )
+    slurm_partition: Text | None = Field(None, description="Slurm's partition. Unset: its default.")
+    slurm_account: Text | None = Field(None, description="The account in Slurm. Unset: the user's default.")
+    slurm_qos: Text | None = Field(None, description="The quality of service in Slurm. Unset: the default.")
+    slurm_arguments: Words = Field((), description="Further arguments of sbatch, as a shell reads them.")
+    slurm_preamble: File | None = Field(
+        None, description="A file of shell lines that each batch job begins with, `module load` for instance."
+    )
+    slurm_python: Text | None = Field(
+        None, description="Python 3.9 or newer on the nodes. Unset: the agent's own, under the same name."
+    )
+    slurm_apptainer: Text | None = Field(
+        None, description="Apptainer on the nodes: a name to be found there, or a path. Unset: as on this machine."
+    )
+    slurm_silence_seconds: SomeSeconds = Field(
+        60,
+        description="How long a node must give no sign of a run, and Slurm say that it is over, before it counts as"
+        " lost. Longer than the file system needs to show here what a node has written.",
     )
     image_suffixes: Suffixes = Field(
         (".sif", ".simg", ".img", ".sqsh"), description="Names of compute images end so, in either case."
@@ -149,6 +189,9 @@ class AgentSettings(_Group):
     )
     remote_max_bytes: Bytes = Field(
         100_000_000_000, description="Size at most of a remote Revision, whose server may never stop sending."
+    )
+    annotate: bool = Field(
+        True, description="Tell of each run on its Activity: a timeline event, properties, and a note when it failed."
     )
     keep_seconds: Seconds = Field(
         604_800, description="How long the logs of finished runs stay on this machine for the `logs` command."
@@ -165,6 +208,24 @@ class AgentSettings(_Group):
     )
     log_format: Literal["auto", "json", "console"] = Field("auto", description="`auto`: console on a terminal.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_cluster_runs_more(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("executor") == "slurm":
+            return {"max_running": _RUNNING_IN_SLURM} | given
+        return given
+
+    @property
+    def given(self) -> Resources:
+        """What a run is given where nobody wishes for anything."""
+        return Resources(self.cpus, self.memory_bytes, self.gpus, self.time_limit_seconds)
+
+    @property
+    def most(self) -> Resources:
+        """What a run is given at most."""
+        time = self.max_time_limit_seconds or self.time_limit_seconds
+        return Resources(self.max_cpus, self.max_memory_bytes, self.max_gpus, time)
 
     @model_validator(mode="after")
     def _credentials_are_whole(self) -> Self:

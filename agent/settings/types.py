@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +42,12 @@ def _no_boolean(value: object) -> object:
 def _not_empty(value: object) -> object:
     if value == "":
         raise ValueError("must name a directory; . is the working directory")
+    return value
+
+
+def _a_file(value: object) -> object:
+    if value == "":
+        raise ValueError("must name a file")
     return value
 
 
@@ -153,7 +160,17 @@ def _public_key(value: str) -> str:
     return pem
 
 
+def _words(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return tuple(shlex.split(value))
+    except ValueError:
+        raise ValueError("cannot be read as words of a shell: is a quote not closed?") from None
+
+
 Text = Annotated[str, Field(min_length=1)]
+Words = Annotated[tuple[Text, ...], NoDecode, BeforeValidator(_words)]
 Secret = Annotated[SecretStr, Field(min_length=1)]
 HeaderToken = Annotated[Secret, AfterValidator(_header_token)]
 Password = Annotated[Secret, AfterValidator(_credential)]
@@ -177,6 +194,7 @@ Suffixes = Annotated[
 Organization = Annotated[int, BeforeValidator(_no_boolean), Field(ge=0, le=_MOST_ORGANIZATION)]
 Organizations = Annotated[tuple[Organization, ...], NoDecode, BeforeValidator(_split), Field(min_length=1)]
 
+File = Annotated[Path, BeforeValidator(_a_file)]
 Directory = Annotated[Path, BeforeValidator(_not_empty)]
 Port = Annotated[int, BeforeValidator(_no_boolean), Field(ge=0, le=65_535)]
 Bytes = Annotated[int, BeforeValidator(_no_boolean), Field(ge=1, le=2**63 - 1)]

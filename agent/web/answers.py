@@ -102,6 +102,10 @@ class JobAnswer(TypedDict):
     finished_at: Time | None
     progress: dict[str, object]
     """How far the current state's work has come, in files and bytes."""
+    resources: dict[str, object]
+    """What the run asked for (`asked`), was given (`granted`, with `notes` on what it was not) and used (`used`)."""
+    exact_of: JobId | None
+    """The job that this one repeats, Revision by Revision (`rerun --exact`)."""
     native_id: str | None
     """The name that the run has where it runs."""
     live: bool
@@ -167,3 +171,63 @@ class Started(TypedDict):
     activity_id: str
     run: Annotated[int, Field(ge=1)]
     state: State
+
+
+@_described
+class Compared(TypedDict):
+    """One output of two runs."""
+
+    path: str
+    result: Literal["identical", "differs", "missing", "new"]
+    """Missing: only the earlier run has it; new: only this one."""
+
+
+@_described
+class Comparison(TypedDict):
+    """The outputs of a run beside those of the run that it repeats."""
+
+    job_id: JobId
+    exact_of: JobId
+    finished: bool
+    """Both runs have ended: before, outputs may be missing because they are not there yet."""
+    identical: bool
+    """Every output has the same bytes in both, and neither has another one."""
+    outputs: list[Compared]
+
+
+@_described
+class ChainFile(TypedDict):
+    """A Revision in a chain of runs."""
+
+    id: str
+    name: str
+    sha256: str | None
+    made_by: JobId | None
+    """The job of this agent's database that has made it."""
+    activities: list[str]
+    """For what no job of this database has made: the names of the Activities that Ovation knows around it."""
+
+
+@_described
+class ChainRun(TypedDict):
+    """A run in a chain: image and inputs, and what came of them."""
+
+    job_id: JobId
+    activity_id: str
+    activity_name: str
+    run: Annotated[int, Field(ge=1)]
+    state: State
+    trigger: Trigger
+    requested_by: str | None
+    started_at: Time | None
+    finished_at: Time | None
+    image: ChainFile
+    inputs: list[ChainFile]
+    outputs: list[ChainFile]
+
+
+@_described
+class Chain(TypedDict):
+    """A run, and those whose outputs it had as inputs, and so on: the one that was asked for comes first."""
+
+    runs: list[ChainRun]

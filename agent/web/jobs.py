@@ -11,12 +11,12 @@ from pathlib import Path
 from aiohttp import hdrs, web
 
 from agent.db.jobs import Jobs
-from agent.domain.activity import NotReady, readiness
+from agent.domain.activity import Activity, NotReady, readiness
 from agent.domain.job import TERMINAL, Job, State
 from agent.domain.workdir import Layout
 from agent.errors import DatabaseError, OvationError, OvationNotFound
 from agent.web.answers import ActivityAnswer, EventList, JobAnswer, JobList
-from agent.web.state import MAX_LISTED, SERVICES, bearer, failure, is_id, read_json, same
+from agent.web.state import MAX_LISTED, SERVICES, Services, bearer, failure, is_id, read_json, same
 
 routes = web.RouteTableDef()
 _FOLLOW_SECONDS = 0.2
@@ -51,13 +51,13 @@ async def list_jobs(request: web.Request) -> web.Response:
 @routes.get("/api/jobs/{id}")
 async def get_job(request: web.Request) -> web.Response:
     """Show one job."""
-    return web.json_response(as_json(await _job(request)))
+    return web.json_response(as_json(await find_job(request)))
 
 
 @routes.get("/api/jobs/{id}/events")
 async def list_events(request: web.Request) -> web.Response:
     """Tell a job's story: every move with its time."""
-    job = await _job(request)
+    job = await find_job(request)
     events = await request.app[SERVICES].jobs.events(job.id)
     answer: EventList = {
         "events": [
@@ -89,9 +89,9 @@ async def get_activity(request: web.Request) -> web.Response:
     answer: ActivityAnswer = {
         "id": activity_id,
         "organization": look.organization if look else jobs[0].organization,
-        "judged_at": _time(look.judged_at) if look else None,
+        "judged_at": time_of(look.judged_at) if look else None,
         "reasons": list(look.reasons) if look else [],
-        "due_at": _time(look.due_at) if look else None,
+        "due_at": time_of(look.due_at) if look else None,
         "deliveries": [{"at": at.isoformat(), "source": source} for at, source in look.deliveries] if look else [],
         "jobs": [as_json(job) for job in jobs],
     }
@@ -101,21 +101,26 @@ async def get_activity(request: web.Request) -> web.Response:
 @routes.post("/api/jobs/{id}/cancel")
 async def cancel(request: web.Request) -> web.Response:
     """Ask for a job's end; what it wrote so far is still delivered."""
-    job = await _job(request)
+    job = await find_job(request)
     services = request.app[SERVICES]
     if not await services.jobs.cancel(job.id):
         raise failure(409, f"the job has ended already: {job.state}")
     services.on_cancel(job.id)
-    return web.json_response(as_json(await _job(request)), status=202)
+    return web.json_response(as_json(await find_job(request)), status=202)
 
 
 @routes.post("/api/jobs/{id}/rerun")
 async def rerun(request: web.Request) -> web.Response:
-    """Run the Activity again with the same image name, as it stands in Ovation now."""
-    job = await _job(request)
+    """Run the Activity again with the same image name, as it stands in Ovation now; `exact=1`: as it stood then."""
+    job = await find_job(request)
     services = request.app[SERVICES]
     if request.can_read_body:
         await read_json(request)
+    exact = request.query.get("exact", "0")
+    if exact not in {"0", "1"}:
+        raise failure(400, "exact is 0 or 1")
+    if exact == "1":
+        return await _rerun_exactly(services, job)
     try:
         activity = await services.ovation.activity(job.organization, job.activity_id)
     except OvationNotFound:
@@ -131,10 +136,28 @@ async def rerun(request: web.Request) -> web.Response:
     return web.json_response(as_json(again), status=201 if made else 200)
 
 
+async def _rerun_exactly(services: Services, job: Job) -> web.Response:
+    """Run the very Revisions and image of a past run again."""
+    activity = Activity(
+        id=job.activity_id,
+        organization=job.organization,
+        name=job.activity_name,
+        project_id=job.project_id,
+        inputs=(),
+        related=(),
+    )
+    again, made = await services.watch_list.start(activity, job.plan, "rerun", exact_of=job.id)
+    if not made and again.exact_of != job.id:
+        raise failure(409, f"run {again.run} of the Activity is under way: wait for its end, or cancel it")
+    if made:
+        services.on_job()
+    return web.json_response(as_json(again), status=201 if made else 200)
+
+
 @routes.get("/api/jobs/{id}/logs/{stream:stdout|stderr}")
 async def read_log(request: web.Request) -> web.StreamResponse:
     """Send what the container wrote so far; with `follow=1`, what it writes until it ends."""
-    job = await _job(request)
+    job = await find_job(request)
     services = request.app[SERVICES]
     follow = request.query.get("follow", "0")
     if follow not in {"0", "1"}:
@@ -184,7 +207,8 @@ def _piece(path: Path, position: int) -> bytes:
         return b""
 
 
-async def _job(request: web.Request) -> Job:
+async def find_job(request: web.Request) -> Job:
+    """Return the job that the address names; raises 401 and 404."""
     authorize(request)
     job = await request.app[SERVICES].jobs.get(request.match_info["id"])
     if job is None:
@@ -210,13 +234,15 @@ def as_json(job: Job) -> JobAnswer:
         "requested_by": job.requested_by,
         "attempt": job.attempt,
         "launch": job.launch,
-        "agent": {"host": job.host, "seen_at": _time(job.host_seen_at)} if job.host else None,
+        "agent": {"host": job.host, "seen_at": time_of(job.host_seen_at)} if job.host else None,
         "waiting_for": _waits(job),
         "cancel_requested": job.cancel_requested,
         "created_at": job.created_at.isoformat(),
-        "started_at": _time(job.started_at),
-        "finished_at": _time(job.finished_at),
+        "started_at": time_of(job.started_at),
+        "finished_at": time_of(job.finished_at),
         "progress": dict(job.progress),
+        "resources": dict(job.resources),
+        "exact_of": job.exact_of,
         "native_id": job.native_id,
         "live": job.state not in TERMINAL,
     }
@@ -225,10 +251,12 @@ def as_json(job: Job) -> JobAnswer:
 def _waits(job: Job) -> str | None:
     """Say what a job waits for; where its files are on a machine whose agent is gone, that is it."""
     if not job.host_is_gone or job.state in TERMINAL:
-        return job.waiting_for
+        waits = job.progress.get("waiting_for")
+        return job.waiting_for or (str(waits) if waits else None)
     seen = f"last seen {job.host_seen_at:%Y-%m-%d %H:%M} UTC" if job.host_seen_at else "not seen yet"
     return f"waiting for the agent on {job.host}, which has the run's files ({seen})"
 
 
-def _time(at: datetime | None) -> str | None:
+def time_of(at: datetime | None) -> str | None:
+    """Return a time as programs read it."""
     return at.isoformat() if at else None

@@ -237,12 +237,36 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("post", "/api/jobs/{id}/rerun"): Operation(
         "rerun_job",
         "administration",
-        "Run a job's Activity again with the same image name, as it stands in Ovation now",
+        "Run a job's Activity again with the same image name, as it stands in Ovation now, or exactly",
         {
             200: Answer("A run of the Activity is under way already: this one.", answers.JobAnswer),
             201: Answer("The new job.", answers.JobAnswer),
         },
+        problems=("Unreadable", "NoBearer", "NotFound", "Conflict", "Bug", "Away"),
+        parameters=(
+            _JOB,
+            _parameter(
+                *("query", "exact", {"type": "integer", "enum": [0, 1], "default": 0}),
+                "1: the very Revisions and image of that run, and not today's.",
+            ),
+        ),
+        security=_ADMIN,
+    ),
+    ("get", "/api/jobs/{id}/comparison"): Operation(
+        "get_comparison",
+        "administration",
+        "Compare an exact repetition with the run that it repeats, output by output",
+        {200: Answer("Which outputs have the same bytes.", answers.Comparison)},
         problems=("NoBearer", "NotFound", "Conflict", "Bug", "Away"),
+        parameters=(_JOB,),
+        security=_ADMIN,
+    ),
+    ("get", "/api/jobs/{id}/provenance"): Operation(
+        "get_provenance",
+        "administration",
+        "Tell the chain of runs that led to a job's outputs",
+        {200: Answer("The run, and those whose outputs it had as inputs.", answers.Chain)},
+        problems=("NoBearer", "NotFound", "Bug", "Away"),
         parameters=(_JOB,),
         security=_ADMIN,
     ),

@@ -17,6 +17,7 @@ from aiohttp.typedefs import LooseHeaders
 from agent.adapters.ovation import Ovation
 from agent.db.database import Database
 from agent.db.jobs import Jobs
+from agent.db.outputs import Outputs
 from agent.db.watched import WatchList
 from agent.domain.delivery import Delivery, Receipt
 from agent.errors import DatabaseError
@@ -52,6 +53,7 @@ class Services:
     database: Database
     watch_list: WatchList
     jobs: Jobs
+    outputs: Outputs
     ovation: Ovation
     data_dir: Path
     admin_token: str

@@ -63,6 +63,7 @@ async def serve(kind: str, dsn: str) -> None:
             database=nothing,
             watch_list=nothing,
             jobs=nothing,
+            outputs=nothing,
             ovation=nothing,
             data_dir=Path(),
             admin_token="",

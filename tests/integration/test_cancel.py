@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 import pytest_asyncio
 
-from agent.adapters.executor import NotStarted
+from agent.adapters.executor import ImageFacts, NotStarted
 from agent.domain.job import Done, Verdict
 from agent.pipeline.context import Control
 from agent.pipeline.launch import launch
@@ -243,8 +243,9 @@ async def test_while_its_image_is_read(lab: Lab) -> None:
         async def status(self, _request: object) -> NotStarted:
             return NotStarted()
 
-        async def inspect(self, _image: object) -> None:
+        async def inspect(self, _image: object) -> ImageFacts:
             control.cancelled.set()
+            return ImageFacts({}, "", "")
 
     del lab
     request = SimpleNamespace(image=Path("a.sif"))

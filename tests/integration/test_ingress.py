@@ -80,6 +80,7 @@ async def front(inbox: Inbox, **agent: object) -> AsyncIterator[tuple[TestClient
         database=nothing,
         watch_list=nothing,
         jobs=nothing,
+        outputs=nothing,
         ovation=nothing,
         data_dir=Path(),
         admin_token="",

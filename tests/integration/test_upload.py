@@ -586,7 +586,7 @@ async def test_a_file_that_shrinks_is_told(sandbox: Sandbox, tmp_path: Path) -> 
     def shrink(_: int) -> None:
         os.truncate(output.path, BORDER + 5)
 
-    await output.refused(StorageMismatch, r"x\.csv: it became shorter", progress=shrink)
+    await output.refused(StorageMismatch, r"x\.csv: it (became shorter|has 16777221 bytes now)", progress=shrink)
     await output.refused(StorageMismatch, r"x\.csv: it became shorter", size=BORDER + 6)
     os.truncate(output.path, 5)
     await output.refused(StorageMismatch, r"x\.csv: it became shorter", size=6)

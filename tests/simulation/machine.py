@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from agent.adapters.executor import Ended, Ending, ImageFacts, NotStarted, Running, RunRequest, Status
+from agent.domain.resources import Resources
 from agent.domain.workdir import MANIFEST
 from agent.errors import ExecutorUnavailable, ImageError
 from tests.simulation.loop import EPOCH
@@ -194,6 +195,11 @@ class SimulatedExecutor:
         except ValueError:
             raise ImageError("it is not an image") from None
         return ImageFacts({}, "", "simulated")
+
+    async def cannot_keep(self, resources: Resources) -> list[str]:
+        """Keep to everything."""
+        del resources
+        return []
 
     async def start(self, request: RunRequest) -> Running | Ended:
         """Find the run or start it."""

@@ -33,6 +33,7 @@ JOB: dict[str, Any] = {
     "launch": 1,
     "agent": {"host": "a-machine", "seen_at": "2026-01-02T03:04:05+00:00"},
     "waiting_for": None,
+    "resources": {"granted": {"cpus": 2, "memory_bytes": 1024}, "notes": [HOSTILE]},
     "created_at": "2026-01-02T03:04:05+00:00",
 }
 EVENT = {"id": 1, "at": "2026-01-02T03:04:05+00:00", "state": "queued", "attempt": 0, "note": HOSTILE, "done": None}

@@ -10,9 +10,10 @@ from typing import Any, cast
 
 import pytest
 
-from agent.adapters.executor import NotStarted, Running
+from agent.adapters.executor import ImageFacts, NotStarted, Running, RunRequest
 from agent.db.jobs import Claim
 from agent.domain.job import Done, Failed, Job, State
+from agent.domain.resources import Resources
 from agent.domain.workdir import Layout
 from agent.errors import ImageError
 from agent.pipeline.context import Context, Control
@@ -28,19 +29,26 @@ _JOB = Job("", 0, "activity-1", "An Activity", "project-1", 1, PLAN, State.LAUNC
 class _Executor:
     """Starts nothing, and notes what it is asked to inspect."""
 
-    def __init__(self, bad: Mapping[bytes, str]) -> None:
+    def __init__(self, bad: Mapping[bytes, str], labels: Mapping[str, str] | None = None) -> None:
         self.inspected: list[Path] = []
+        self.started: list[RunRequest] = []
         self._bad = bad
+        self._labels = dict(labels or {})
 
     async def status(self, _: object) -> NotStarted:
         return NotStarted()
 
-    async def inspect(self, image: Path) -> None:
+    async def inspect(self, image: Path) -> ImageFacts:
         self.inspected.append(image)
         if complaint := self._bad.get(image.read_bytes()):
             raise ImageError(complaint)
+        return ImageFacts(self._labels, "", "apptainer version 1")
 
-    async def start(self, _: object) -> Running:
+    async def cannot_keep(self, resources: Resources) -> list[str]:
+        return ["There is no GPU here."] if resources.gpus else []
+
+    async def start(self, request: RunRequest) -> Running:
+        self.started.append(request)
         return Running("1", _NOW)
 
 
@@ -65,7 +73,9 @@ async def test_the_same_bytes_are_inspected_once(tmp_path: Path) -> None:
     context = _context(tmp_path, executor)
     for number, sha256 in enumerate(["one", "one", "another", "one"]):
         claim = _claim(tmp_path, f"job-{number}", b"image", sha256)
-        assert await launch(context, claim, Control()) == Done(native_id="1", started_at=_NOW)
+        outcome = await launch(context, claim, Control())
+        assert isinstance(outcome, Done)
+        assert (outcome.native_id, outcome.started_at) == ("1", _NOW)
     assert [path.parent.parent.name for path in executor.inspected] == ["job-0", "job-2"]
     other = _Executor({})
     await launch(_context(tmp_path, other), _claim(tmp_path, "job-9", b"image", "one"), Control())
@@ -90,3 +100,29 @@ async def test_bytes_that_nobody_has_hashed_are_inspected_each_time(tmp_path: Pa
     for number in range(2):
         await launch(context, _claim(tmp_path, f"job-{number}", b"image", None), Control())
     assert len(executor.inspected) == 2
+
+
+async def test_a_run_gets_what_its_activity_and_its_image_wish_for_within_the_limits(tmp_path: Path) -> None:
+    executor = _Executor({}, {"compute.cpus": "64", "compute.memory": "2G"})
+    context = _context(tmp_path, executor)
+    settings = AgentSettings(data_dir=tmp_path, max_cpus=8, gpus=1, time_limit_seconds=7200)
+    context = replace(context, settings=settings)
+    for number in range(2):  # the second time the image's labels are known
+        claim = _claim(tmp_path, f"job-{number}", b"image", "wishes")
+        plan = replace(PLAN, wishes={"compute.time": "1h"})
+        outcome = await launch(context, Claim(replace(claim.job, plan=plan), 1), Control())
+        assert isinstance(outcome, Done)
+        given = {"cpus": 8, "memory_bytes": 2 << 30, "gpus": 1, "time_seconds": 3600}
+        assert outcome.resources == {
+            "asked": {"cpus": 64, "memory_bytes": 2 << 30, "time_seconds": 3600},
+            "granted": given,
+            "notes": [
+                "compute.cpus: 64 CPUs were asked for, 8 CPUs are allowed here",
+                "There is no GPU here.",
+            ],
+        }
+        assert executor.started[-1].resources == Resources(**given)
+        assert executor.started[-1].time_limit_seconds == 3600
+        kept = replace(claim.job, resources=outcome.resources)
+        assert context.run_request(kept) == executor.started[-1]  # as whoever watches it sees it
+    assert len(executor.inspected) == 1

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
-LOCKS = ("requirements.lock", "requirements-dev.lock")
+LOCKS = ("requirements.lock", "requirements-dev.lock", "config/crate.lock")
 PINNED = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^ ;\\]+)", re.MULTILINE)
 
 Lock = dict[str, set[Version]]
@@ -75,6 +75,10 @@ def test_development_lock_contains_the_runtime_lock() -> None:
     runtime, development = read_lock("requirements.lock"), read_lock("requirements-dev.lock")
     different = {name for name, versions in runtime.items() if development.get(name) != versions}
     assert different == set(), "run `make lock`"
+
+
+def test_the_validator_of_crates_is_locked() -> None:
+    assert unmet(read_lock("config/crate.lock"), read_requirements("config/crate.in")) == [], "run `make lock`"
 
 
 @pytest.mark.parametrize("name", LOCKS)

@@ -79,6 +79,8 @@ def test_its_own_origins_see_the_token(url: str) -> None:
         "http://127.0.0.1/",
         "http://store.example.org:8443/",
         "https://store.example.org/",
+        "https://[]@",
+        "https://[api.ovation.io]@",
     ],
 )
 def test_everybody_else_does_not(url: str) -> None:

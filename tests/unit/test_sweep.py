@@ -20,12 +20,12 @@ from agent.adapters.executor import Ended, Ending, Running, RunRequest, Status
 from agent.adapters.files import remove_tree
 from agent.adapters.local import LocalExecutor
 from agent.db.jobs import Claim, OnDisk
-from agent.domain.job import TERMINAL, Done, Job, Plan, PlannedFile, State, Verdict
+from agent.domain.job import TERMINAL, Job, Plan, PlannedFile, State, Verdict
 from agent.errors import DatabaseError
 from agent.pipeline import report as report_module
 from agent.pipeline import sweep as sweep_module
-from agent.pipeline.context import Context, Control
-from agent.pipeline.report import report
+from agent.pipeline.context import Context
+from agent.pipeline.report import close
 from agent.pipeline.sweep import Fate, Sweeper, fate, sweep
 from agent.settings import AgentSettings
 
@@ -268,7 +268,7 @@ async def test_the_end_of_a_run_leaves_what_is_kept(
     world = World(tmp_path, keep_seconds=keep, keep_failed_seconds=keep_failed)
     claim = Claim(replace(JOB, id=world.ended(0), verdict=verdict), 1)
     for _ in range(2):
-        assert await report(world.context, claim, Control()) == Done()
+        assert await close(world.context, claim.job) is None
     stays = verdict in {Verdict.FAILED, None} and keep_failed > 0
     assert (claim.job.id in world.kept()) == stays
     assert (world.folder / claim.job.id / "run-1").is_dir() == (stays or keep > 0)
@@ -281,5 +281,5 @@ async def test_a_run_ends_although_its_files_cannot_be_removed(tmp_path: Path, m
     world = World(tmp_path)
     monkeypatch.setattr(report_module, "remove_work", refuse)
     claim = Claim(replace(JOB, id=world.ended(0), verdict=Verdict.SUCCEEDED), 1)
-    outcome = await report(world.context, claim, Control())
-    assert outcome == Done(note="not all of its files could be removed from the agent's disk: Read-only file system")
+    told = await close(world.context, claim.job)
+    assert told == "not all of its files could be removed from the agent's disk: Read-only file system"

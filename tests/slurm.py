@@ -1,0 +1,244 @@
+"""A real Slurm cluster of a test's own: munged, slurmctld and two nodes on this machine, in one directory.
+
+Nothing of it needs systemd, or a port or a file that anybody else has; whatever it started ends with it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from agent.adapters import runner
+from agent.adapters.slurm import SlurmSettings
+
+NODES = ("n1", "n2")
+_READY_SECONDS = 30.0
+_CONF = """\
+ClusterName=tests
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller_port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={place}/munge.sock
+CredType=cred/munge
+StateSaveLocation={place}/state
+SlurmdSpoolDir={place}/spool-%n
+SlurmctldPidFile={place}/slurmctld.pid
+SlurmdPidFile={place}/slurmd-%n.pid
+SlurmctldLogFile={place}/slurmctld.log
+SlurmdLogFile={place}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+SlurmdParameters=config_overrides
+DefMemPerCPU=10
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1,default_queue_depth=1000
+ReturnToService=2
+MinJobAge={min_job_age}
+KillWait=5
+SlurmdTimeout={node_timeout}
+MaxJobCount=10000
+PreemptType=preempt/partition_prio
+PreemptMode=CANCEL
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=1 {shared}
+PartitionName=short Nodes=ALL MaxTime=1 State=UP PriorityTier=1 {shared}
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 {shared}
+"""
+
+
+def is_installed() -> bool:
+    """Say whether this machine has Slurm's programs."""
+    return all(shutil.which(name, path=_path()) for name in ("sbatch", "slurmctld", "slurmd", "munged"))
+
+
+class Cluster:
+    """A cluster that runs; its parts can be frozen, killed and started again."""
+
+    def __init__(
+        self, place: Path, *, min_job_age: int = 300, node_timeout: int = 20, cpus: int = 16, extra: str = ""
+    ) -> None:
+        self.place = place
+        self._host = socket.gethostname().split(".")[0]
+        self._pids: dict[str, int] = {}
+        ports = _free_ports(1 + len(NODES))
+        (place / "state").mkdir(parents=True)
+        (place / "state").chmod(0o700)
+        key = place / "munge.key"
+        key.write_bytes(secrets.token_bytes(128))
+        key.chmod(0o600)
+        nodes = "".join(
+            f"NodeName={name} NodeHostname={self._host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=8000"
+            " State=UNKNOWN\n"
+            for name, port in zip(NODES, ports[1:], strict=True)
+        )
+        user = subprocess.run(["id", "-un"], check=True, capture_output=True, text=True).stdout.strip()
+        conf = _CONF.format(
+            host=self._host,
+            controller_port=ports[0],
+            user=user,
+            place=place,
+            min_job_age=min_job_age,
+            node_timeout=node_timeout,
+            shared="OverSubscribe=NO",
+        )
+        head, partitions = conf.split("PartitionName=", 1)
+        self.conf = place / "slurm.conf"
+        self.conf.write_text(f"{head}{extra}\n{nodes}PartitionName={partitions}")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What Slurm's commands need in their environment."""
+        return {"SLURM_CONF": str(self.conf), "PATH": _path()}
+
+    def start(self) -> None:
+        """Start every part and wait until both nodes take jobs."""
+        sockets = self.place / "munge.sock"
+        self._spawn(
+            "munged",
+            "munged", "--force", "--foreground", f"--key-file={self.place}/munge.key", f"--socket={sockets}",
+            f"--pid-file={self.place}/munged.pid", f"--log-file={self.place}/munged.log",
+            f"--seed-file={self.place}/munge.seed", "--num-threads=4",
+        )  # fmt: skip
+        until(sockets.exists, "munged")
+        self.start_controller(clean=True)
+        for name in NODES:
+            self.start_node(name)
+        until(self._all_idle, "the nodes")
+
+    def _all_idle(self) -> bool:
+        return sorted(self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%N=%T").split()) == [
+            f"{n}=idle" for n in NODES
+        ]
+
+    def start_controller(self, *, clean: bool = False) -> None:
+        """Start slurmctld, with what it saved or without."""
+        self._spawn("slurmctld", "slurmctld", "-D", *(["-i", "-c"] if clean else []), "-f", str(self.conf))
+        until(lambda: "is UP" in self.run("scontrol", "ping"), "slurmctld")
+
+    def start_node(self, name: str) -> None:
+        """Start the slurmd of a node."""
+        self._spawn(name, "slurmd", "-D", "-N", name, "-f", str(self.conf))
+
+    def kill(self, part: str) -> None:
+        """Kill a part: "slurmctld", or a node's slurmd; the jobs that run there go on."""
+        pid = self._pids.pop(part)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+    def freeze(self, part: str) -> None:
+        """Stop a part with SIGSTOP."""
+        os.kill(self._pids[part], signal.SIGSTOP)
+
+    def thaw(self, part: str) -> None:
+        """Let a frozen part go on."""
+        os.kill(self._pids[part], signal.SIGCONT)
+
+    def run(self, *command: str, timeout: float = 60) -> str:
+        """Run one of Slurm's commands and return what it printed."""
+        done = subprocess.run(
+            command, check=False, env=self.environment, capture_output=True, text=True, timeout=timeout
+        )
+        return done.stdout + done.stderr
+
+    def jobs(self) -> dict[str, str]:
+        """Return the state of each job that Slurm knows, by its name."""
+        lines = self.run("squeue", "-h", "-a", "-t", "all", "-o", "%j %T").splitlines()
+        return dict(line.split() for line in lines if line.count(" ") == 1)
+
+    def ids(self, name: str) -> list[str]:
+        """Return the ids of the jobs of that name that Slurm knows."""
+        return self.run("squeue", "-h", "-a", "-t", "all", "-n", name, "-o", "%i").split()
+
+    def stop(self) -> None:
+        """End everything, jobs included."""
+        for part in list(self._pids):
+            with suppress(ProcessLookupError):
+                os.kill(self._pids[part], signal.SIGCONT)
+            self.kill(part)
+        for pid in self._leftovers():
+            runner.send(pid, signal.SIGKILL)
+
+    def _leftovers(self) -> Iterator[int]:
+        """Return slurmstepd and what else names this directory."""
+        mark = os.fsencode(self.place)
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit() or int(entry.name) == os.getpid():
+                continue
+            with suppress(OSError):
+                if mark in (entry / "environ").read_bytes() or mark in (entry / "cmdline").read_bytes():
+                    yield int(entry.name)
+
+    def _spawn(self, part: str, *command: str) -> None:
+        with (self.place / f"{part}.out").open("ab") as output:
+            process = subprocess.Popen(
+                command,
+                env=self.environment | {"HOME": "/"},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self._pids[part] = process.pid
+        process.returncode = 0  # it is waited for by its pid
+
+
+@contextmanager
+def cluster(**settings: object) -> Iterator[Cluster]:
+    """Run a cluster for a while."""
+    with tempfile.TemporaryDirectory(prefix="ovation-slurm-", ignore_cleanup_errors=True) as directory:
+        Path(directory).chmod(0o755)
+        made = Cluster(Path(directory), **settings)  # type: ignore[arg-type]
+        try:
+            made.start()
+            yield made
+        finally:
+            made.stop()
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = _READY_SECONDS) -> None:
+    """Wait until the condition holds; fail when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not in time"
+        time.sleep(0.05)
+
+
+def _path(environment: Mapping[str, str] = os.environ) -> str:
+    return f"{environment.get('PATH', '')}:/usr/sbin:/sbin"
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def quick(**changes: Any) -> SlurmSettings:
+    """Return settings of an executor for tests, which do not wait as long as a site with NFS would."""
+    settings = SlurmSettings(
+        python=sys.executable, grace_seconds=0.5, kill_seconds=0.5, silence_seconds=3, tick_seconds=0.3
+    )
+    return replace(settings, **changes)
