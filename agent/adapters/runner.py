@@ -337,10 +337,10 @@ class Run:
 
     def _write_exit(self, code: int, usage: resource.struct_rusage, wall_seconds: float) -> None:
         exit_code = self.exit_code = code if code >= 0 else 128 - code
-        if self.in_place and self.stopping is None and exit_code == _TERMINATED:
-            # Slurm tells every process of a job to end, and this one may hear of it last.
-            if signal.sigtimedwait(_STOPPING, _HEARS_SECONDS) is not None:
-                self.reason = self.reason or "lost"
+        # Slurm tells every process of a job to end, and this one may hear of it last.
+        may_hear = self.in_place and self.stopping is None and exit_code == _TERMINATED
+        if may_hear and signal.sigtimedwait(_STOPPING, _HEARS_SECONDS) is not None:
+            self.reason = self.reason or "lost"
         ending = (self.reason or "exited") if self.stopping else "exited"
         # The machine's shutdown may have told the container to end before it told this runner.
         if self.stopping is None and exit_code != 0 and (self.reason == "lost" or _STOPPING & signal.sigpending()):

@@ -61,6 +61,8 @@ class _Seen:
     sign_at: float = field(default_factory=time.monotonic)
     word: str = ""  # Slurm's last word on it
     word_at: float = field(default_factory=time.monotonic)
+    submitted_at: float = 0.0
+    told_at: float | None = None  # when it was first seen to have been told to end
 
 
 class SlurmExecutor:
@@ -141,15 +143,18 @@ class SlurmExecutor:
         if record.exit is not None and not told_to_end:
             return self._over(request, record.exit)
         if record.spec is None:
-            return await self._withoutrecords(request)
+            return await self._without_records(request)
         if record.job_id is None and record.claim is None:
             return NotStarted()  # whether Slurm has it all the same is looked up before it is submitted again
         return await self._seen_from_outside(request, record, told_to_end=told_to_end)
 
     async def _seen_from_outside(self, request: RunRequest, record: Records, *, told_to_end: bool) -> Running | Ended:
         going = Running(record.job_id or "", None if record.claim is None else moment(record.claim["at"]))
-        try:
-            row = await self._row(record.job_id)
+        seen = self._seen.setdefault(request.name, _Seen())
+        if told_to_end and seen.told_at is None:
+            seen.told_at = time.monotonic()
+        try:  # what Slurm says counts if it has said it since
+            row = await self._row(record.job_id, max(seen.submitted_at, seen.told_at or 0.0))
         except ExecutorUnavailable:
             return going
         found = slurm.judge(self._sight(request, record, row, told_to_end=told_to_end), self._settings.silence_seconds)
@@ -202,19 +207,20 @@ class SlurmExecutor:
     async def _submitted(self, request: RunRequest, job_id: str) -> Running | Ended:
         record = {"job_id": job_id, "at": time.time()}
         await asyncio.to_thread(runner.write_json, str(request.directory), SUBMITTED, record)
+        self._seen[request.name] = _Seen(submitted_at=time.monotonic())
         return Running(job_id, None, slurm.waiting_for(""))
 
-    async def _row(self, job_id: str | None) -> Row | None:
-        """Return what Slurm says of a job: the controller, or else the accounting."""
+    async def _row(self, job_id: str | None, newest: float) -> Row | None:
+        """Return what Slurm has said of a job since then: the controller, or else the accounting."""
         if job_id is None:
             return None
-        snapshot = await self.client.snapshot()
+        snapshot = await self.client.snapshot(max(newest, time.monotonic() - self._settings.tick_seconds))
         if row := snapshot.by_id.get(job_id):
             return row
         accounted = await self.client.accounted([job_id])
         return (accounted or {}).get(job_id)
 
-    async def _withoutrecords(self, request: RunRequest) -> Status:
+    async def _without_records(self, request: RunRequest) -> Status:
         """Return the status of a run whose directory is gone: as long as Slurm runs it, it is there."""
         if request.native_id:
             row = (await self.client.snapshot()).by_id.get(request.native_id)
