@@ -82,6 +82,8 @@ def draw(chain: dict[str, Any], path: Path) -> None:
     for column, keys in enumerate(nx.topological_generations(graph)):
         for key in keys:
             graph.nodes[key]["column"] = column
+    for key in [key for key, degree in graph.in_degree() if degree == 0]:  # beside the run that it went into
+        graph.nodes[key]["column"] = min(graph.nodes[after]["column"] for after in graph.successors(key)) - 1
     places = nx.multipartite_layout(graph, subset_key="column")
     columns = [graph.nodes[key]["column"] for key in graph]
     height = max(columns.count(column) for column in set(columns))
@@ -89,7 +91,15 @@ def draw(chain: dict[str, Any], path: Path) -> None:
     axes = figure.subplots()
     axes.set_axis_off()
     axes.margins(0.18, 0.12)
-    nx.draw_networkx_edges(graph, places, ax=axes, edge_color="#999999", node_size=2200, arrowsize=12)
+    for kind, margin in _MARGINS.items():
+        edges = [
+            (source, target)
+            for source, target in graph.edges
+            if (graph.nodes[target]["kind"] == "run") == (kind == "run")
+        ]
+        nx.draw_networkx_edges(
+            graph, places, edges, ax=axes, edge_color="#999999", node_size=600, arrowsize=12, min_target_margin=margin
+        )
     for key, (x, y) in places.items():
         kind, label = graph.nodes[key]["kind"], graph.nodes[key]["label"]
         box = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": _COLOURS[kind], "linewidth": 1.6}
@@ -102,6 +112,7 @@ def draw(chain: dict[str, Any], path: Path) -> None:
         raise ConfigurationError(f"--graph: {path}: {error.strerror}") from None
 
 
+_MARGINS = {"run": 52, "other": 44}  # half the width of a box, in points
 _Node = tuple[str, str, str]
 
 
@@ -124,4 +135,4 @@ def _edges(chain: dict[str, Any]) -> Iterator[tuple[_Node, _Node]]:
 
 def _short(label: str) -> str:
     lines = [printable(line) for line in label.splitlines()]
-    return "\n".join(line if len(line) <= 28 else f"{line[:13]}…{line[-13:]}" for line in lines)  # noqa: PLR2004
+    return "\n".join(line if len(line) <= 24 else f"{line[:11]}…{line[-11:]}" for line in lines)  # noqa: PLR2004

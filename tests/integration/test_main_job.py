@@ -337,7 +337,12 @@ async def test_an_upload_whose_answer_is_lost_is_there_once(lab: Lab) -> None:
     folders = await _folders_of(lab, f"{job['activity_name']} run 1")
     assert len(folders) == 1
     files = (await lab.get(folders[0]["relationships"]["files"]["related"]))["files"]
-    assert sorted(each["attributes"]["name"] for each in files) == ["one", "ro-crate-metadata.json", "stderr.log", "stdout.log"]
+    assert sorted(each["attributes"]["name"] for each in files) == [
+        "one",
+        "ro-crate-metadata.json",
+        "stderr.log",
+        "stdout.log",
+    ]
 
 
 async def _folders_of(lab: Lab, name: str) -> list[dict[str, Any]]:
