@@ -72,18 +72,9 @@ def draw(chain: dict[str, Any], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigurationError("--graph needs matplotlib and networkx: install ovation-agent[demo]") from None
-    graph = nx.DiGraph()
-    for source, target in _edges(chain):
-        for key, kind, label in (source, target):
-            graph.add_node(key, kind=kind, label=label)
-        graph.add_edge(source[0], target[0])
+    graph = _graph(nx, chain)
     if graph.number_of_nodes() == 0:
         raise ConfigurationError("there is nothing to draw: the run has neither inputs nor outputs yet")
-    for column, keys in enumerate(nx.topological_generations(graph)):
-        for key in keys:
-            graph.nodes[key]["column"] = column
-    for key in [key for key, degree in graph.in_degree() if degree == 0]:  # beside the run that it went into
-        graph.nodes[key]["column"] = min(graph.nodes[after]["column"] for after in graph.successors(key)) - 1
     places = nx.multipartite_layout(graph, subset_key="column")
     columns = [graph.nodes[key]["column"] for key in graph]
     height = max(columns.count(column) for column in set(columns))
@@ -91,12 +82,8 @@ def draw(chain: dict[str, Any], path: Path) -> None:
     axes = figure.subplots()
     axes.set_axis_off()
     axes.margins(0.18, 0.12)
-    for kind, margin in _MARGINS.items():
-        edges = [
-            (source, target)
-            for source, target in graph.edges
-            if (graph.nodes[target]["kind"] == "run") == (kind == "run")
-        ]
+    for is_run, margin in ((True, _RUN_MARGIN), (False, _MARGIN)):
+        edges = [edge for edge in graph.edges if (graph.nodes[edge[1]]["kind"] == "run") == is_run]
         nx.draw_networkx_edges(
             graph, places, edges, ax=axes, edge_color="#999999", node_size=600, arrowsize=12, min_target_margin=margin
         )
@@ -112,8 +99,23 @@ def draw(chain: dict[str, Any], path: Path) -> None:
         raise ConfigurationError(f"--graph: {path}: {error.strerror}") from None
 
 
-_MARGINS = {"run": 52, "other": 44}  # half the width of a box, in points
+_RUN_MARGIN, _MARGIN = 52, 44  # half the width of a box, in points
 _Node = tuple[str, str, str]
+
+
+def _graph(nx: Any, chain: dict[str, Any]) -> Any:
+    """Return the chain as a graph; `column` says how far to the right a node is."""
+    graph = nx.DiGraph()
+    for source, target in _edges(chain):
+        for key, kind, label in (source, target):
+            graph.add_node(key, kind=kind, label=label)
+        graph.add_edge(source[0], target[0])
+    for column, keys in enumerate(nx.topological_generations(graph)):
+        for key in keys:
+            graph.nodes[key]["column"] = column
+    for key in [key for key, degree in graph.in_degree() if degree == 0]:  # beside the run that it went into
+        graph.nodes[key]["column"] = min(graph.nodes[after]["column"] for after in graph.successors(key)) - 1
+    return graph
 
 
 def _edges(chain: dict[str, Any]) -> Iterator[tuple[_Node, _Node]]:

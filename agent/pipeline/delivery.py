@@ -29,13 +29,17 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One thing to deliver: a regular file below `root`, and the path that people see below the run's Folder."""
+    """One thing to deliver: a regular file below `root`, and the path that people see below the run's Folder.
+
+    With `content` these bytes, which are on no disk.
+    """
 
     kind: Kind
     root: Path
     path: str
     shown: str
     size: int
+    content: bytes | None = None
 
 
 class Delivery:
@@ -149,7 +153,7 @@ class Delivery:
             self._progress.add_bytes(item.size)
         else:
             try:
-                async with _opened(item.root, item.path) as descriptor:
+                async with _opened(item) as descriptor:
                     output, file = await self._folders.file(output)
                     output = await self._transfers.bring(output, file, descriptor)
             except _UnreadableError as error:
@@ -176,8 +180,8 @@ class _UnreadableError(Exception):
 
 
 @asynccontextmanager
-async def _opened(root: Path, path: str) -> AsyncIterator[int]:
-    opening = asyncio.get_running_loop().run_in_executor(None, open_below, root, path)
+async def _opened(item: Item) -> AsyncIterator[int]:
+    opening = asyncio.get_running_loop().run_in_executor(None, _open, item)
     try:
         descriptor = await asyncio.shield(opening)
     except asyncio.CancelledError:
@@ -191,6 +195,20 @@ async def _opened(root: Path, path: str) -> AsyncIterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _open(item: Item) -> int:
+    if item.content is None:
+        return open_below(item.root, item.path)
+    descriptor = os.memfd_create(item.shown, os.MFD_CLOEXEC)
+    try:
+        with os.fdopen(descriptor, "wb", closefd=False) as file:
+            file.write(item.content)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _close(opening: asyncio.Future[int]) -> None:

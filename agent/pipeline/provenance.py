@@ -1,4 +1,4 @@
-"""The crate of a run: its facts gathered from where they lie, and written beside what it left."""
+"""The crate of a run: its facts gathered from where they lie."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from agent.adapters.executor import Ended, ImageFacts, RunRequest
 from agent.adapters.upload import content_type
 from agent.db.outputs import Kind, Output
 from agent.domain.job import Job, PlannedFile, Verdict
-from agent.domain.provenance import FILE_NAME, Image, Person, Result, Run, Source, crate
+from agent.domain.provenance import Image, Person, Result, Run, Source, crate
 from agent.errors import OvationNotFound, OvationRefused
 from agent.pipeline.context import Context
 from agent.pipeline.staged import Record, read_record
@@ -40,10 +40,10 @@ def keep_image_facts(root: Path, facts: ImageFacts) -> None:
     write_whole(root / _IMAGE, json.dumps(asdict(facts), ensure_ascii=False).encode())
 
 
-async def write_crate(
+async def make_crate(
     context: Context, job: Job, request: RunRequest, outputs: Iterable[Output], activity: Mapping[str, Any]
-) -> Path:
-    """Write the crate of a run whose outputs are delivered, and return its file. The same run makes the same file.
+) -> bytes:
+    """Return the crate of a run whose outputs are delivered. The same run makes the same bytes.
 
     Args:
         context: what every step is given.
@@ -56,14 +56,11 @@ async def write_crate(
     operators = await _operators(context, activity)
     root = Path(context.layout(job).root)
 
-    def write() -> Path:
+    def make() -> bytes:
         run = _run(context, job, root, request, status if isinstance(status, Ended) else None, outputs, operators)
-        path = request.directory / FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(crate(run), indent=2, ensure_ascii=False).encode())
-        return path
+        return json.dumps(crate(run), indent=2, ensure_ascii=False).encode()
 
-    return await asyncio.to_thread(write)
+    return await asyncio.to_thread(make)
 
 
 async def _operators(context: Context, activity: Mapping[str, Any]) -> list[Person]:

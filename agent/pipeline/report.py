@@ -14,7 +14,7 @@ from agent.errors import OvationError, OvationUnavailable, StorageError, Storage
 from agent.pipeline.annotate import annotate
 from agent.pipeline.context import Context, Control
 from agent.pipeline.delivery import Delivery, Item
-from agent.pipeline.provenance import write_crate
+from agent.pipeline.provenance import make_crate
 from agent.pipeline.staged import remove_work
 
 
@@ -36,14 +36,14 @@ async def _describe(context: Context, claim: Claim, control: Control) -> str | N
     """Put the crate beside the outputs that it tells of; return why it is not there, if it is not."""
     job = claim.job
     outputs = await context.outputs.of(job.id)
-    if (crate := outputs.get((Kind.CRATE, FILE_NAME))) and crate.linked:
+    if (before := outputs.get((Kind.CRATE, FILE_NAME))) and before.linked:
         return None
     try:
         delivery = await Delivery.begin(context, claim, control)
         request = await asyncio.to_thread(context.last_run, job)
-        path = await write_crate(context, job, request, outputs.values(), delivery.activity)
-        size = (await asyncio.to_thread(path.stat)).st_size
-        await delivery.deliver([Item(Kind.CRATE, path.parent, path.name, path.name, size)])
+        crate = await make_crate(context, job, request, outputs.values(), delivery.activity)
+        # Not by way of the disk: the end of a run is what makes room on a full one.
+        await delivery.deliver([Item(Kind.CRATE, Path(), FILE_NAME, FILE_NAME, len(crate), crate)])
         delivery.check()
         await delivery.end()
     except (OvationUnavailable, StorageUnavailable):
