@@ -50,6 +50,7 @@ bench: setup-dev  ## Measure webhooks coming in, walks, transfers beside s5cmd a
 	@$(BIN)/python -m tests.bench.overhead
 	@$(BIN)/python -m tests.bench.idle
 	@$(BIN)/python -m tests.bench.slurm
+	@$(BIN)/python -m tests.bench.scaling
 
 .PHONY: check
 check: setup-dev  ## Check style, types, dependencies between packages, scripts, documents and locks

@@ -125,7 +125,7 @@ _NEVER: Mapping[str, str] = {
     "PartitionNodeLimit": "it asks for more nodes than its partition allows",
     "PartitionTimeLimit": "its time limit is longer than its partition allows",
     "BadConstraints": "no node has what it asks for",
-    "PartitionConfig": "no node of its partition has what it asks for",
+    "PartitionConfig": "its partition does not allow the time, or has no node with what it asks for",
     "AccountNotAllowed": "its account may not use the partition",
     "QOSNotAllowed": "its QOS may not be used here",
     "InvalidAccount": "its account is not valid",

@@ -26,7 +26,7 @@ LINE_SECONDS = 60.0
 END_SECONDS = 60.0
 SECOND_RUN_SECONDS = 15.0  # what is promised, on two cores
 CONTAINER_LINE = "  │ "
-OUTPUTS = {"regression.csv", "regression.png", "summary.md", "stdout.log", "stderr.log"}
+OUTPUTS = {"regression.csv", "regression.png", "summary.md", "stdout.log", "stderr.log", "ro-crate-metadata.json"}
 
 
 class Demo:

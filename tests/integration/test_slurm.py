@@ -114,7 +114,7 @@ async def test_a_job_that_would_never_run_is_taken_back(tmp_path: Path, slurm: C
     await run.executor.start(run.request)
     end = await run.end()
     assert end.ending is Ending.REFUSED
-    assert "time limit is longer than its partition allows" in (end.detail or "")
+    assert "Slurm would never run it: " in (end.detail or "")
     await until(lambda: slurm.jobs()[run.request.name] == "CANCELLED")
 
 
