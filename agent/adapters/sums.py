@@ -125,6 +125,8 @@ class Source:
     def _look(self, number: int, sha256: hashlib._Hash) -> Piece:
         offset = (number - 1) * self._length
         span = Span(self._descriptor, offset, min(offset + self._length, self.size) - offset)
+        if offset + self._length < self.size:  # have the disk read on while this piece is looked through
+            os.posix_fadvise(self._descriptor, offset + self._length, self._length, os.POSIX_FADV_WILLNEED)
         crc32 = 0
         for some in _read(span):
             sha256.update(some)

@@ -70,6 +70,9 @@ async def serve(kind: str, dsn: str) -> None:
             inbox=inbox,
             on_job=nothing,
             on_cancel=nothing,
+            work=nothing,
+            worker=nothing,
+            log_questions=nothing,
         )
         runner = runner_of(services)
         await runner.setup()

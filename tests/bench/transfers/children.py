@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import collections.abc
+import hashlib
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 _BOTO_AT_ONCE = 10
@@ -83,6 +85,38 @@ def ours(what: str, given: dict[str, Any]) -> Callable[[], None]:
     return lambda: asyncio.run(download() if what == "download" else upload())
 
 
+class _NoDigest:
+    """Stands where a digest is computed, and computes none."""
+
+    def update(self, data: object) -> None:
+        """Look at nothing."""
+
+    def hexdigest(self) -> str:
+        """Return what no digest is."""
+        return "0" * 64
+
+
+def undigested(what: str, given: dict[str, Any]) -> Callable[[], None]:
+    """Return the agent's own way without its SHA-256."""
+    from agent.adapters import multipart, part, stream, upload
+
+    for module in (multipart, part, stream, upload):
+        module.hashlib = SimpleNamespace(  # type: ignore[attr-defined]
+            sha256=_NoDigest, new=lambda *_, **__: _NoDigest(), md5=hashlib.md5
+        )
+    return ours(what, given)
+
+
+def unsynced(what: str, given: dict[str, Any]) -> Callable[[], None]:
+    """Return the agent's own way without waiting for the disk."""
+
+    def nothing(descriptor: int) -> None:
+        del descriptor
+
+    os.fsync = os.fdatasync = nothing  # type: ignore[assignment]
+    return ours(what, given)
+
+
 def released(what: str, given: dict[str, Any]) -> Callable[[], None]:
     """Return the released client's own way: `download_urls` with its five threads; uploads one after the other."""
     for name in ("Mapping", "Iterable"):
@@ -143,7 +177,8 @@ def boto3(what: str, given: dict[str, Any]) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    _work = {"ours": ours, "released": released, "boto3": boto3}[sys.argv[1]](sys.argv[2], json.load(sys.stdin))
+    _ways = {"ours": ours, "undigested": undigested, "unsynced": unsynced, "released": released, "boto3": boto3}
+    _work = _ways[sys.argv[1]](sys.argv[2], json.load(sys.stdin))
     _began, _cpu = time.perf_counter(), time.process_time()
     _work()
     sys.stdout.write(json.dumps([time.perf_counter() - _began, time.process_time() - _cpu]) + "\n")

@@ -25,6 +25,8 @@ class Used:
     whole_seconds: float
     cpu_seconds: float
     peak_bytes: int
+    read_bytes: int
+    """What came from the disk; a file that is read again soon comes from the system's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,11 @@ class Work:
 _LAUNCHER = """
 import json, os, sys
 pid = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ)
+os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+with open(f"/proc/{pid}/io") as io:
+    read = {name: int(value) for name, value in (line.split(": ") for line in io)}["read_bytes"]
 _, status, usage = os.wait4(pid, 0)
-used = {"cpu": usage.ru_utime + usage.ru_stime, "peak": usage.ru_maxrss * 1024}
+used = {"cpu": usage.ru_utime + usage.ru_stime, "peak": usage.ru_maxrss * 1024, "read": read}
 os.write(int(sys.argv[1]), json.dumps(used).encode())
 sys.exit(os.waitstatus_to_exitcode(status))
 """
@@ -68,6 +73,13 @@ def run(who: str, work: Work) -> Used:
     }
     command = [sys.executable, "-m", "tests.bench.transfers.children", who, work.what]
     return _measured(command, work, input_=json.dumps(given))
+
+
+def _evict(work: Work) -> None:
+    """Have the files read from the disk, so that it shows how often they are."""
+    for name in work.names:
+        with (work.source / name).open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _s5cmd(work: Work) -> list[str]:
@@ -108,6 +120,8 @@ def _measured(command: Sequence[str], work: Work, input_: str = "") -> Used:
         "SSL_CERT_FILE": str(work.certificate),
         "HOME": str(work.into),
     }
+    if work.what != "download":
+        _evict(work)
     with ExitStack() as stack:
         given, out, err, report = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(4))
         given.write(input_)
@@ -131,7 +145,7 @@ def _measured(command: Sequence[str], work: Work, input_: str = "") -> Used:
             raise RuntimeError(f"{command[:6]} ended with {process.returncode}: {err.read()[-2000:]}")
         used = json.load(report)
         told = json.loads(out.read().splitlines()[-1]) if command[0] == sys.executable else [whole, used["cpu"]]
-    return Used(told[0], whole, told[1], used["peak"])
+    return Used(told[0], whole, told[1], used["peak"], used["read"])
 
 
 __all__ = ["REPOSITORY", "Used", "Work", "run"]
