@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 BIN := .venv/bin
-SCRIPTS := config/setup config/install-apptainer config/check-words .ci/run
+SCRIPTS := config/setup config/install-service config/install-apptainer config/check-words .ci/run
 LOCK := $(BIN)/uv pip compile --quiet --system-certs --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 import signal
 import sys
 import uuid
@@ -28,19 +29,24 @@ from agent.adapters.executor import Executor
 from agent.adapters.lanes import Lanes
 from agent.adapters.local import LocalExecutor, LocalSettings
 from agent.adapters.ovation import Ovation
+from agent.adapters.service_manager import notify, watchdog_seconds
 from agent.adapters.slurm import SlurmExecutor, SlurmSettings
 from agent.adapters.traffic import Traffic
 from agent.adapters.upload import Uploader
+from agent.beats import Beats
 from agent.db.connect import connect
 from agent.db.database import Database
 from agent.db.jobs import Jobs
+from agent.db.log_questions import LogQuestions
 from agent.db.outputs import Outputs
 from agent.db.reconciliations import Reconciliations
 from agent.db.watched import WatchList
+from agent.db.work import Work
 from agent.domain.container import User
 from agent.domain.slurm import Site
 from agent.errors import ConfigurationError, OvationRefused, OvationUnavailable, StorageUnavailable
 from agent.pipeline.context import Context
+from agent.pipeline.log_answers import answer_questions
 from agent.pipeline.perform import OBJECT_STORE, OVATION
 from agent.pipeline.sweep import sweep
 from agent.pipeline.worker import Worker
@@ -50,6 +56,9 @@ from agent.trigger.inbox import Inbox, sweep_deliveries
 from agent.trigger.reconcile import Reconciler
 from agent.web.application import runner as runner_of
 from agent.web.state import Services
+
+_LIFE_SECONDS = 10.0
+_WALK_SECONDS = 900.0  # an organization's Activities may be very many
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +97,7 @@ async def serve(settings: Settings) -> None:
                     version=__version__,
                     data_dir=str(settings.agent.data_dir),
                 )
+                notify("READY=1", f"STATUS=Listening at {address}")
                 await _run(agent, settings, stop)
     logs.logger().info("agent_stopped")
 
@@ -165,13 +175,29 @@ async def _open(settings: Settings) -> AsyncIterator[_Agent]:
         )
         place = _place(data_dir)  # nobody else's: the data directory is locked
         await context.jobs.expire_leases(place)
-        worker = Worker(context, place)
+        beats = Beats()
+        worker = Worker(context, place, beat=beats.of("worker"))
+        context.metrics.watch(
+            bytes_moved=lambda: traffic.moved,
+            away={OVATION: lambda: ovation.away, OBJECT_STORE: lambda: store.away},
+            loop_ages=beats.ages,
+            held=lambda: worker.held,
+            disk_free=lambda: shutil.disk_usage(data_dir).free,
+        )
         ovation.on_back(partial(worker.party_back, OVATION))
         store.on_back(partial(worker.party_back, OBJECT_STORE))
         watch_list = WatchList(database)
-        evaluator = Evaluator(settings, watch_list, ovation, place, on_job=worker.wake)
+        evaluator = Evaluator(settings, watch_list, ovation, place, on_job=worker.wake, beat=beats.of("evaluator"))
         walks = Reconciliations(database)
-        reconciler = Reconciler(settings, walks, watch_list, ovation, on_due=evaluator.wake, holder=place)
+        reconciler = Reconciler(
+            settings,
+            walks,
+            watch_list,
+            ovation,
+            on_due=evaluator.wake,
+            holder=place,
+            beat=beats.of("reconciler", _WALK_SECONDS),
+        )
         services = Services(
             settings=settings,
             database=database,
@@ -186,6 +212,11 @@ async def _open(settings: Settings) -> AsyncIterator[_Agent]:
             ),
             on_job=worker.wake,
             on_cancel=worker.cancel,
+            work=Work(database, place),
+            worker=worker,
+            log_questions=LogQuestions(database, place),
+            metrics=context.metrics,
+            beats=beats,
         )
         yield _Agent(services, worker, evaluator, reconciler, context, place)
 
@@ -248,6 +279,10 @@ async def _run(agent: _Agent, settings: Settings, stop: _Stop) -> None:
         asyncio.create_task(agent.reconciler.run(), name="reconciler"),
         asyncio.create_task(sweep(agent.context, agent.place), name="sweep"),
         asyncio.create_task(sweep_deliveries(agent.services.watch_list), name="sweep of deliveries"),
+        asyncio.create_task(_show_life(agent.services.beats), name="sign of life"),
+        asyncio.create_task(
+            answer_questions(agent.services.log_questions, agent.services.data_dir), name="answers about logs"
+        ),
     ]
     stopping = asyncio.create_task(stop.asked.wait(), name="stop")
     try:
@@ -257,11 +292,26 @@ async def _run(agent: _Agent, settings: Settings, stop: _Stop) -> None:
                 loop.result()  # a loop never ends by itself: let its error end the agent, loudly
         for loop in others:
             loop.cancel()
+        notify("STOPPING=1", "STATUS=Letting steps come to their end; containers go on")
         await agent.worker.drain(settings.agent.drain_seconds, stop.at_once)
     finally:
         for task in (worker, *others, stopping):
             task.cancel()
         await asyncio.gather(worker, *others, stopping, return_exceptions=True)
+
+
+async def _show_life(beats: Beats) -> None:
+    """Tell systemd's watchdog that every loop comes round, until one does not: then it starts the agent anew."""
+    every = watchdog_seconds()
+    told = False
+    while True:
+        stuck = beats.stuck()
+        if stuck and not told:
+            logs.logger().error("loop_stuck", loops={loop: round(age) for loop, age in stuck.items()})
+        told = bool(stuck)
+        if not stuck and every is not None:
+            notify("WATCHDOG=1")
+        await asyncio.sleep(min(every or _LIFE_SECONDS, _LIFE_SECONDS))
 
 
 @dataclass(frozen=True, slots=True)

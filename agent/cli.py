@@ -10,6 +10,7 @@ import click
 
 from agent import __version__
 from agent.cli_cache import cache
+from agent.cli_oncall import drain, jobs, logs
 from agent.cli_ovation import hpc_run, webhooks
 from agent.cli_provenance import provenance, rerun
 from agent.commands import Commands, ask, load_settings, run
@@ -44,6 +45,9 @@ main.add_command(webhooks)
 main.add_command(cache)
 main.add_command(provenance)
 main.add_command(rerun)
+main.add_command(jobs)
+main.add_command(logs)
+main.add_command(drain)
 
 
 @main.command()
@@ -107,21 +111,6 @@ def doctor(config: Path | None) -> None:
     sys.exit(0 if run(work()) else 1)
 
 
-@main.command()
-@click.option("--activity", help="Only this Activity's.")
-@click.option("--state", help="Only those in this state.")
-@click.option("--limit", default=50, show_default=True, type=click.IntRange(1, 1000))
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@click.pass_obj
-def jobs(config: Path | None, activity: str | None, state: str | None, limit: int, *, as_json: bool) -> None:
-    """List jobs, newest first."""
-    from agent import console
-
-    query = {"limit": str(limit), "activity_id": activity, "state": state}
-    answer = ask(config, lambda client: client.get("api", "jobs", **query))
-    console.show_jobs(answer["jobs"], as_json=as_json)
-
-
 @main.command(short_help="Tell one job's story, and what it waits for.")
 @click.argument("job")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
@@ -146,22 +135,6 @@ def why(config: Path | None, activity: str, *, as_json: bool) -> None:
     from agent import console
 
     console.show_activity(ask(config, lambda client: client.get("api", "activities", activity)), as_json=as_json)
-
-
-@main.command("logs")
-@click.argument("job")
-@click.option("-f", "--follow", is_flag=True, help="Go on until the container ends.")
-@click.option("--stderr", "stream", flag_value="stderr", help="Standard error instead of standard output.")
-@click.pass_obj
-def logs_(config: Path | None, job: str, *, follow: bool, stream: str | None) -> None:
-    """Print what a job's container wrote."""
-    from agent.console import show_log
-
-    async def work(client: Client) -> None:
-        path = ("api", "jobs", job, "logs", stream or "stdout")
-        await show_log(client.stream(*path, follow="1" if follow else "0"))
-
-    ask(config, work)
 
 
 @main.command(short_help="End a job; what there is is still delivered.")

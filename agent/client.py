@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -86,14 +86,17 @@ class Client:
         """Ask for something to be done."""
         return await self._json("POST", path, dict(query or {}), body)
 
-    async def stream(self, *path: str, **query: str | None) -> AsyncIterator[bytes]:
-        """Read bytes as they come; a container may be silent for hours."""
+    async def stream(
+        self, *path: str, on_headers: Callable[[Mapping[str, str]], None] = lambda _: None, **query: str | None
+    ) -> AsyncIterator[bytes]:
+        """Read bytes as they come; a container may be silent for hours. `on_headers` is told what came before them."""
         silent = aiohttp.ClientTimeout(total=None, connect=10, sock_read=None)
         try:
             async with self._http.get(
                 self._url(path), params=_given(query), timeout=silent, allow_redirects=False
             ) as response:
                 await self._check(response)
+                on_headers(response.headers)
                 async for piece in response.content.iter_any():
                     yield piece
         except (aiohttp.ClientError, OSError, TimeoutError) as error:

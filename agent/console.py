@@ -9,10 +9,14 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agent.logs import printable
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_JOB_HEADINGS = ("job", "state", "activity", "run", "image", "created", "cause")
 _PROGRESS_SECONDS = 5.0
 _COLOURS = {"succeeded": "green", "failed": "red", "cancelled": "yellow"}
 
@@ -22,19 +26,25 @@ def show_jobs(jobs: list[dict[str, Any]], *, as_json: bool) -> None:
     if as_json:
         show_json(jobs)
         return
-    rows = [
-        (
-            job["id"],
-            job["state"],
-            job["activity_name"],
-            str(job["run"]),
-            job["image_name"],
-            _moment(job["created_at"]),
-            cause(job),
-        )
-        for job in jobs
-    ]
-    show_table(("job", "state", "activity", "run", "image", "created", "cause"), rows)
+    show_table(_JOB_HEADINGS, [_job_row(job, cause(job)) for job in jobs])
+
+
+def job_table(jobs: list[dict[str, Any]]) -> Table:
+    """Return jobs as a table for a terminal, with how far each is."""
+    rows = [tuple(printable(cell) for cell in _job_row(job, cause(job) or _how_far(job))) for job in jobs]
+    return _table((*_JOB_HEADINGS[:-1], "how far, or why"), rows)
+
+
+def _job_row(job: dict[str, Any], last: str) -> tuple[str, ...]:
+    return (
+        job["id"],
+        job["state"],
+        job["activity_name"],
+        str(job["run"]),
+        job["image_name"],
+        _moment(job["created_at"]),
+        last,
+    )
 
 
 def show_job(job: dict[str, Any], events: list[dict[str, Any]], *, as_json: bool) -> None:
@@ -46,6 +56,8 @@ def show_job(job: dict[str, Any], events: list[dict[str, Any]], *, as_json: bool
     rows = [(name, str(job[name])) for name in facts if job[name] is not None]
     if job["agent"]:
         rows.append(("agent", f"{job['agent']['host']}, seen {_moment(job['agent']['seen_at'])}"))
+    if "due_at" in job and job["live"]:  # an older agent does not tell
+        rows.append(("now", _now(job)))
     rows += [(name, _amounts(job["resources"][name])) for name in ("granted", "used") if job["resources"].get(name)]
     rows += [("note", str(note)) for note in job["resources"].get("notes", [])]
     if job["launch"] > 1:
@@ -57,6 +69,14 @@ def show_job(job: dict[str, Any], events: list[dict[str, Any]], *, as_json: bool
         ("at", "state", "attempt", "note"),
         [(_moment(each["at"]), each["state"], str(each["attempt"]), each["note"] or "") for each in events],
     )
+
+
+def _now(job: dict[str, Any]) -> str:
+    """Say who works at a job that has not ended, how far that is, or when it is taken up."""
+    far = _how_far(job)
+    if job["held_until"]:
+        return f"worked at{': ' + far if far else ''} (lease until {_moment(job['held_until'])})"
+    return f"due {_moment(job['due_at'])}{': ' + far if far else ''}"
 
 
 def _amounts(resources: dict[str, float]) -> str:
@@ -190,6 +210,11 @@ def show_table(headings: Iterable[str], rows: Sequence[tuple[str, ...]]) -> None
             print("\t".join(row))  # noqa: T201
         return
     from rich.console import Console
+
+    Console().print(_table(headings, shown))
+
+
+def _table(headings: Iterable[str], shown: Sequence[tuple[str, ...]]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
@@ -198,4 +223,4 @@ def show_table(headings: Iterable[str], rows: Sequence[tuple[str, ...]]) -> None
         table.add_column(heading, overflow="fold")
     for row in shown:
         table.add_row(*(f"[{_COLOURS[cell]}]{cell}" if cell in _COLOURS else escape(cell) for cell in row))
-    Console().print(table)
+    return table

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import aiohttp
 
+from agent.adapters import apptainer
 from agent.adapters.executor import Executor
 from agent.adapters.ovation import Ovation
 from agent.db.connect import connect
+from agent.domain.resources import Resources
 from agent.errors import AgentError
 from agent.settings import Settings
 
 _LITTLE_SPACE_BYTES = 10 << 30
+_SKEW_SECONDS = 60.0  # S3 refuses from a quarter of an hour on; tokens are less patient
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +55,16 @@ async def examine(settings: Settings, executor: Executor) -> AsyncIterator[Findi
         ),
         ("database", lambda: _database(settings), "see AGENT_DATABASE_URL; `ovation-agent migrate` updates the schema"),
         ("containers", executor.check, "`make setup` installs Apptainer; docs/operations.md has more"),
+        ("images", lambda: asyncio.to_thread(_fuse), "chmod 0666 /dev/fuse, as udev does; docs/operations.md has more"),
+        ("limits", lambda: _limits(executor), "see `containers`"),
         ("Ovation", lambda: _ovation(settings), "check OVATION_API_URL and OVATION_TOKEN (or OVATION_CLIENT_ID)"),
         ("object store", lambda: _store(settings), "check AWS_ENDPOINT_URL_S3, AWS_DEFAULT_REGION and the network"),
+        (
+            "clock",
+            lambda: _clock(settings),
+            "have the machine's clock set by NTP: requests to S3 are signed with the time",
+        ),
+        ("agent", lambda: _agent(settings), "`journalctl -u ovation-agent`, or what else starts it, says why"),
     ]
     for name, check, remedy in checks:
         try:
@@ -96,9 +110,64 @@ async def _ovation(settings: Settings) -> str:
         return f"{settings.ovation.api_url}: {await ovation.check()}"
 
 
+def _fuse() -> str:
+    if os.geteuid() != 0 and not apptainer.fuse_is_usable():
+        raise _Trouble(
+            "/dev/fuse cannot be used by this user: each run unpacks its image, which takes seconds and room"
+        )
+    return "mounted as they are"
+
+
+async def _limits(executor: Executor) -> str:
+    cannot = await executor.cannot_keep(Resources(cpus=1, memory_bytes=1 << 30))
+    return "; ".join(cannot) or "runs are kept to the CPUs and the memory that they are given"
+
+
+async def _clock(settings: Settings) -> str:
+    """Compare the machine's clock with the object store's, as far as an answer's Date tells: to the second."""
+    url = _store_address(settings)
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=15)) as http,
+            http.head(url, allow_redirects=False) as response,
+        ):
+            date = response.headers.get("Date", "")
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        return "the object store, whose clock counts, does not answer"
+    try:
+        seconds = (datetime.now(UTC) - parsedate_to_datetime(date)).total_seconds()
+    except (ValueError, TypeError):
+        return "the object store does not tell its time"
+    if abs(seconds) > _SKEW_SECONDS:
+        raise _Trouble(f"it is {abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'} the object store's")
+    return "agrees with the object store's"
+
+
+async def _agent(settings: Settings) -> str:
+    """Ask the agent that runs with these settings, if one does, how it is."""
+    try:
+        address = str(json.loads(settings.agent.address_file.read_text())["address"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "none runs on this data directory"
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=15)) as http,
+            http.get(f"{address}/readyz", allow_redirects=False) as response,
+        ):
+            body = await response.json()
+    except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+        raise _Trouble(f"it does not answer at {address}: {type(error).__name__}") from None
+    if response.status != 200:  # noqa: PLR2004 HTTP's own number
+        raise _Trouble(f"it listens at {address} and is not ready: {body.get('errors', {}).get('detail', '')}")
+    return f"listens at {address} and is ready"
+
+
+def _store_address(settings: Settings) -> str:
+    return settings.aws.endpoint_url_s3 or f"https://s3.{settings.aws.default_region}.amazonaws.com"
+
+
 async def _store(settings: Settings) -> str:
-    region = settings.aws.default_region
-    url = settings.aws.endpoint_url_s3 or f"https://s3.{region}.amazonaws.com"
+    url = _store_address(settings)
     try:
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=15)) as http,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from collections import deque
 from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import structlog
@@ -25,6 +27,35 @@ _SECRET_TEXT = re.compile(
 _HIDDEN_LEAST_CHARACTERS = 6
 _MOST_DEPTH = 20
 _hidden: set[str] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of this process's log, as it was written, and its number from 1."""
+
+    number: int
+    event: Mapping[str, Any]
+
+
+class Recent:
+    """The last lines of this process's log, for whoever follows it from outside."""
+
+    def __init__(self, most: int = 2000) -> None:
+        self._lines: deque[Line] = deque(maxlen=most)
+        self._count = 0
+
+    def __call__(self, _: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        """Keep a line on its way; nothing secret is in it any more."""
+        self._count += 1
+        self._lines.append(Line(self._count, dict(event)))
+        return event
+
+    def after(self, number: int) -> list[Line]:
+        """Return the lines that are kept and came after that one."""
+        return [line for line in tuple(self._lines) if line.number > number]
+
+
+recent = Recent()
 
 
 def hide(secrets: Iterable[str]) -> None:
@@ -90,13 +121,14 @@ def configure(
         plain = structlog.dev.plain_traceback
         last = [
             _redact_event,
+            recent,
             _for_terminals,
             structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain),
         ]
     else:
         transform = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
         shared.append(structlog.processors.ExceptionRenderer(transform))
-        last = [_redact_event, structlog.processors.JSONRenderer()]
+        last = [_redact_event, recent, structlog.processors.JSONRenderer()]
     structlog.configure(
         processors=[*shared, *last],
         wrapper_class=structlog.make_filtering_bound_logger(level),

@@ -13,9 +13,11 @@ from aiohttp import web
 from agent.adapters.ovation import Ovation
 from agent.db.database import Database
 from agent.db.jobs import Jobs
+from agent.db.log_questions import LogQuestions
 from agent.db.outputs import Outputs
 from agent.db.reconciliations import Reconciliations
 from agent.db.watched import WatchList
+from agent.db.work import Work
 from agent.domain.decide import Limits, decide
 from agent.domain.job import TERMINAL, Done, State, Verdict
 from agent.sandbox.server import Sandbox
@@ -68,6 +70,15 @@ class Triggers:
         return {row["activity_id"]: row["jobs"] for row in rows}
 
 
+class Door:
+    """Lets nobody in or out: no worker is there."""
+
+    admits = True
+
+    def admit(self, *, admits: bool) -> None:
+        self.admits = admits
+
+
 @asynccontextmanager
 async def triggers(sandbox: Sandbox, database: Database, directory: Path, **agent: object) -> AsyncIterator[Triggers]:
     """Open the trigger side against a sandbox; its front door takes webhooks from anybody."""
@@ -102,6 +113,9 @@ async def triggers(sandbox: Sandbox, database: Database, directory: Path, **agen
             ),
             on_job=ender.wake.set,
             on_cancel=lambda _: None,
+            work=Work(database, "tests"),
+            worker=Door(),
+            log_questions=LogQuestions(database, "tests"),
         )
         runner = web.AppRunner(application(services), access_log=None)
         await runner.setup()

@@ -98,6 +98,11 @@ class Circuit:
         """Have this called whenever an address at which calls were refused answers again."""
         self._callbacks.append(callback)
 
+    @property
+    def away(self) -> bool:
+        """Whether any of its addresses is known to be away."""
+        return self._away_since is not None
+
     def refuses(self, origin: str) -> bool:
         """Return whether a call would be refused now."""
         absence = self._absences.get(origin)

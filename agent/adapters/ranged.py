@@ -216,7 +216,7 @@ class RangedDownload:
                 if not piece:
                     raise Broken("the transfer broke off (it ended too soon)")
                 self._part.write(each, piece, buffer)
-            if seconds := self._traffic.delay_seconds(len(piece)):
+            if seconds := self._traffic.delay_seconds(len(piece), "down"):
                 lane.pause(seconds)
 
     def _check(self, response: http.client.HTTPResponse, each: Range) -> None:

@@ -107,7 +107,7 @@ class Sender:
         """Send it through a lane, in its thread."""
 
         def sent(count: int) -> None:
-            if seconds := self._traffic.delay_seconds(count):
+            if seconds := self._traffic.delay_seconds(count, "up"):
                 lane.pause(seconds)
 
         try:
@@ -121,7 +121,7 @@ class Sender:
         content = os.pread(body.descriptor, body.length, body.offset)
         if len(content) != body.length:
             raise StorageMismatch("it became shorter while it was read")
-        if seconds := self._traffic.delay_seconds(len(content)):
+        if seconds := self._traffic.delay_seconds(len(content), "up"):
             await asyncio.sleep(seconds)
         going = _Body(content)
         sending = asyncio.create_task(self._request(address, headers, going))

@@ -62,7 +62,7 @@ async def save(
             size += len(chunk)
             _check_not_endless(size, most_bytes)
             progress(len(chunk))
-            if seconds := traffic.delay_seconds(len(chunk)):
+            if seconds := traffic.delay_seconds(len(chunk), "down"):
                 await asyncio.sleep(seconds)
         _check_length(response, size)
         if vouched.md5 is not None:

@@ -13,9 +13,11 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 CONNECTIONS = 32
 JOB_CONNECTIONS = 8
+Direction = Literal["down", "up"]
 _BURST_SECONDS = 0.25  # of what may pass in a second: so much may pass at once
 
 
@@ -51,6 +53,8 @@ class Traffic:
         self._clock = clock
         self._passed_by = float("-inf")  # when what has been let pass so far will have passed
         self._lock = threading.Lock()
+        self.moved = {"down": 0, "up": 0}
+        """Bytes that have passed, from and to the object store."""
 
     @asynccontextmanager
     async def connection(self, job: str) -> AsyncIterator[None]:
@@ -71,11 +75,12 @@ class Traffic:
         finally:
             self._give_back(job)
 
-    def delay_seconds(self, count: int) -> float:
+    def delay_seconds(self, count: int, direction: Direction) -> float:
         """Let `count` bytes pass, and return for how many seconds whoever moved them is to pause. From any thread."""
-        if self._bytes_per_second is None:
-            return 0.0
         with self._lock:
+            self.moved[direction] += count
+            if self._bytes_per_second is None:
+                return 0.0
             now = self._clock()
             self._passed_by = max(self._passed_by, now - _BURST_SECONDS) + count / self._bytes_per_second
             return max(0.0, self._passed_by - now)

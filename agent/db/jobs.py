@@ -71,10 +71,40 @@ class Jobs:
             row = await queries.row("get_job", id=number, gone=AGENT_GONE)
         return None if row is None else job_from(row)
 
-    async def newest(self, activity_id: str | None = None, state: State | None = None, most: int = 100) -> list[Job]:
-        """Return the newest jobs, newest first."""
+    async def newest(
+        self,
+        activity_id: str | None = None,
+        state: State | None = None,
+        most: int = 100,
+        *,
+        project_id: str | None = None,
+        verdict: Verdict | None = None,
+        since: timedelta | None = None,
+        stuck: bool = False,
+    ) -> list[Job]:
+        """Return the newest jobs, newest first.
+
+        Args:
+            activity_id: only this Activity's.
+            state: only those in this state.
+            most: no more than so many.
+            project_id: only this Project's.
+            verdict: only those whose container ended so.
+            since: only those that have not ended, or not longer ago than this.
+            stuck: only those that do not come on.
+        """
         async with self._database.queries() as queries:
-            rows = await queries.rows("list_jobs", activity_id=activity_id, state=state, most=most, gone=AGENT_GONE)
+            rows = await queries.rows(
+                "list_jobs",
+                activity_id=activity_id,
+                state=state,
+                most=most,
+                project_id=project_id,
+                verdict=verdict,
+                since=since,
+                stuck=stuck,
+                gone=AGENT_GONE,
+            )
         return [job_from(row) for row in rows]
 
     async def events(self, job_id: str, after: int = 0) -> list[Event]:
@@ -355,6 +385,8 @@ def job_from(row: Row) -> Job:
         folder_id=row["folder_id"],
         launch=row["launch"],
         place=row["place"],
+        due_at=row.get("due_at"),
+        held_until=row.get("lease_until"),
         host=row.get("host"),
         host_seen_at=row.get("host_seen_at"),
         host_is_gone=row.get("host_is_gone") or False,

@@ -364,11 +364,18 @@ SELECT jobs.*, a.host, a.seen_at AS host_seen_at, extract(epoch FROM now() - wai
 FROM jobs LEFT JOIN agents a USING (place) WHERE id = :id;
 
 -- name: list_jobs
--- The newest jobs, of one Activity or state if named, with the machines that have their files.
+-- The newest jobs, narrowed by whatever is named, with the machines that have their files. Stuck: it has not come on for
+-- ten minutes although that is not its container's doing, or fails again and again.
 SELECT jobs.*, a.host, a.seen_at AS host_seen_at, extract(epoch FROM now() - waiting_since)::float8 AS waiting_seconds,
     coalesce(a.stopped_at IS NOT NULL OR a.seen_at < now() - :gone::interval, false) AS host_is_gone
 FROM jobs LEFT JOIN agents a USING (place)
 WHERE (:activity_id::text IS NULL OR activity_id = :activity_id) AND (:state::text IS NULL OR state = :state)
+    AND (:project_id::text IS NULL OR project_id = :project_id) AND (:verdict::text IS NULL OR verdict = :verdict)
+    AND (:since::interval IS NULL OR coalesce(finished_at, now()) > now() - :since)
+    AND (NOT :stuck::boolean OR (finished_at IS NULL AND (attempt >= 3 OR suspicion > 1
+        OR waiting_since < now() - interval '10 minutes'
+        OR (lease_until IS NULL AND due_at < now() - interval '10 minutes')
+        OR (a.seen_at < now() - :gone::interval))))
 ORDER BY created_at DESC LIMIT :most;
 
 -- name: list_events
@@ -433,3 +440,68 @@ WHERE id IN (
                 AND (a.stopped_at IS NULL OR state = 'launching')))
     ORDER BY due_at LIMIT :most FOR UPDATE SKIP LOCKED)
 RETURNING *, extract(epoch FROM now() - waiting_since)::float8 AS waiting_seconds;
+
+-- name: count_work^
+-- What there is to do, for whoever looks at the agent from outside. Of looks that wait for Ovation to come back, only
+-- their change's age is told.
+SELECT
+    (SELECT coalesce(jsonb_object_agg(state, jobs), '{}') FROM (
+        SELECT state, count(*) AS jobs FROM jobs WHERE finished_at IS NULL GROUP BY state) live) AS live,
+    (SELECT count(*) FROM watched WHERE due_at <= now()) AS looks_due,
+    (SELECT coalesce(extract(epoch FROM now() - min(due_at)), 0)::float8 FROM watched
+        WHERE due_at <= now() AND lease_until IS NULL) AS oldest_look,
+    (SELECT coalesce(extract(epoch FROM now() - min(changed_at)), 0)::float8 FROM watched
+        WHERE due_at IS NOT NULL AND (judged_at IS NULL OR judged_at < changed_at OR attempt > 0)) AS oldest_unjudged,
+    (SELECT count(*) FROM jobs WHERE lease_until > now()) AS leases,
+    (SELECT coalesce(extract(epoch FROM now() - min(lease_until)), 0)::float8 FROM jobs
+        WHERE lease_until < now()) AS lease_overdue,
+    (SELECT coalesce(extract(epoch FROM now() - min(due_at)), 0)::float8 FROM jobs
+        WHERE finished_at IS NULL AND state = 'running' AND place = :place AND lease_until IS NULL
+            AND due_at <= now()) AS unwatched,
+    (SELECT count(*) FROM agents WHERE stopped_at IS NULL AND seen_at > now() - :gone::interval) AS agents;
+
+-- name: waiting_activities
+-- Activities that were judged and not run since they changed, the last one first.
+SELECT entity_id, organization, reasons, changed_at, judged_at, due_at FROM watched w
+WHERE entity_type = 'Activity' AND reasons <> '{}' AND changed_at > now() - interval '7 days'
+    AND NOT EXISTS (SELECT 1 FROM jobs j WHERE j.activity_id = w.entity_id
+        AND (j.finished_at IS NULL OR j.finished_at > w.changed_at))
+ORDER BY changed_at DESC LIMIT :most;
+
+-- name: last_days
+-- The last seven days (UTC), one a row. The runs that ended by verdict, how long they had waited for their start, and the
+-- bytes that they brought.
+SELECT day,
+    count(j.id) FILTER (WHERE j.verdict = 'succeeded') AS succeeded,
+    count(j.id) FILTER (WHERE j.verdict = 'failed') AS failed,
+    count(j.id) FILTER (WHERE j.verdict = 'cancelled') AS cancelled,
+    coalesce(percentile_cont(0.5) WITHIN GROUP (
+        ORDER BY extract(epoch FROM j.started_at - j.created_at)::float8), 0)::float8 AS waited_seconds,
+    coalesce(sum(o.bytes), 0)::float8 AS bytes
+FROM generate_series(date_trunc('day', now(), 'UTC') - interval '6 days', date_trunc('day', now(), 'UTC'),
+    interval '1 day') day
+LEFT JOIN jobs j ON j.finished_at >= day AND j.finished_at < day + interval '1 day'
+LEFT JOIN LATERAL (SELECT sum(size) AS bytes FROM outputs WHERE outputs.job_id = j.id AND linked) o ON true
+GROUP BY day ORDER BY day;
+
+-- name: count_here$
+-- How many jobs are under way whose files are at this place.
+SELECT count(*) FROM jobs WHERE finished_at IS NULL AND state <> 'queued' AND place = :place;
+
+-- name: ask_log$
+-- Ask the agent that has a log on its disk for a piece of it; questions that nobody fetched the answer of are removed.
+WITH old AS (DELETE FROM log_questions WHERE asked_at < now() - interval '1 minute')
+INSERT INTO log_questions (place, job_id, launch, stream, position, lines, most_bytes)
+VALUES (:place, :job_id, :launch, :stream, :position, :lines, :most_bytes) RETURNING id;
+
+-- name: log_questions
+-- What this agent is asked.
+SELECT * FROM log_questions WHERE place = :place AND answered_at IS NULL ORDER BY id LIMIT 100;
+
+-- name: answer_log!
+-- Answer a question.
+UPDATE log_questions SET answered_at = now(), begins = :begins, content = :content WHERE id = :id;
+
+-- name: fetch_log_answer^
+-- Take an answer, once it is there.
+DELETE FROM log_questions WHERE id = :id AND answered_at IS NOT NULL RETURNING begins, content;

@@ -126,6 +126,8 @@ class Job:
     host_is_gone: bool = False  # that was too long ago, or it has stopped
     waiting_for: str | None = None
     waiting_party: str | None = None  # the outside party that is away
+    due_at: datetime | None = None  # when its work is due
+    held_until: datetime | None = None  # until when somebody's lease on it lasts, if nothing more is heard of them
     waiting_seconds: float = 0.0  # how long it has waited in this state by now
     suspicion: int = 0  # how often the process ended in the middle of the current state's work
     cancel_requested: bool = False

@@ -12,10 +12,12 @@ from pathlib import Path, PurePosixPath
 
 from agent.adapters.executor import Running
 from agent.adapters.files import Tree, list_tree
+from agent.adapters.redaction import redact_file
 from agent.db.jobs import Claim
 from agent.db.outputs import Kind
 from agent.domain.job import Done, Failed, Fault, FaultClass, NotYet, Outcome, SetAside
 from agent.errors import OvationNotFound
+from agent.logs import logger
 from agent.pipeline.context import Context, Control
 from agent.pipeline.delivery import Delivery, Item
 
@@ -91,11 +93,12 @@ def shown_paths(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _logs(directory: Path) -> list[Item]:
-    return [
-        Item(Kind.LOG, directory, name, name, (directory / name).stat().st_size)
-        for name in _LOGS
-        if (directory / name).is_file()
-    ]
+    """Return the logs, with nothing in them any more that looks like a secret."""
+    found = [name for name in _LOGS if (directory / name).is_file() and not (directory / name).is_symlink()]
+    for name in found:
+        if redact_file(directory / name):
+            logger().info("log_redacted", log=name)
+    return [Item(Kind.LOG, directory, name, name, (directory / name).stat().st_size) for name in found]
 
 
 def _note(tree: Tree, remade: Sequence[str]) -> str | None:

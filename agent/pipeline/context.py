@@ -19,6 +19,7 @@ from agent.db.outputs import Outputs
 from agent.domain.job import Job, Outcome
 from agent.domain.resources import NOTHING_SAID, Resources
 from agent.domain.workdir import Layout
+from agent.metrics import Metrics
 from agent.pipeline.progress import Progress
 from agent.settings import AgentSettings
 
@@ -36,6 +37,7 @@ class Context:
     executor: Executor
     room: Room
     cache: Cache
+    metrics: Metrics = field(default_factory=Metrics)
 
     def layout(self, job: Job) -> Layout:
         """Return where the job's files are."""

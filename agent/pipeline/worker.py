@@ -7,7 +7,7 @@ import contextlib
 import random
 import socket
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import structlog
@@ -47,8 +47,15 @@ class Worker:
     """
 
     def __init__(
-        self, context: Context, place: str, limits: Limits | None = None, *, lease_seconds: float = LEASE_SECONDS
+        self,
+        context: Context,
+        place: str,
+        limits: Limits | None = None,
+        *,
+        lease_seconds: float = LEASE_SECONDS,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
+        self._beat = beat
         self._context = context
         self._lease_seconds = lease_seconds
         self._limits = limits or Limits(node_retries=context.settings.node_retries)
@@ -57,6 +64,7 @@ class Worker:
         self._lost: list[Claim] = []  # dropped while PostgreSQL was away; given back when it returns
         self._wake = asyncio.Event()
         self._stopping = False
+        self._admits = True
         self._seen_at = float("-inf")
         self._books_at = float("-inf")  # when the books are to be kept next, and what needs no place is claimed
         self._places = Places(context.settings)
@@ -64,6 +72,11 @@ class Worker:
         self._teller = Teller()
         self._back = set(HAVE_CIRCUITS)  # what waits for these is to go on; they may have come back while no agent ran
         self._back_at: dict[str, float] = {}
+
+    @property
+    def held(self) -> int:
+        """How many jobs are worked at now."""
+        return len(self._held)
 
     def wake(self) -> None:
         """Look for due work now."""
@@ -89,6 +102,7 @@ class Worker:
         """Work until cancelled; then every job is given back as it is."""
         try:
             while True:
+                self._beat()
                 self._wake.clear()
                 seconds = _IDLE_SECONDS
                 try:
@@ -107,6 +121,16 @@ class Worker:
                     self._places.anybody_may_wait()  # something is due
         finally:
             await self._give_back()
+
+    @property
+    def admits(self) -> bool:
+        """Whether queued jobs are let in."""
+        return self._admits
+
+    def admit(self, *, admits: bool) -> None:
+        """Let queued jobs in, or none until further notice; what was let in goes on to its end."""
+        self._admits = admits
+        self.wake()
 
     async def drain(self, seconds: float, at_once: asyncio.Event) -> None:
         """Claim nothing more; give steps so long to end, or until `at_once`. Containers go on, watched or not."""
@@ -178,7 +202,7 @@ class Worker:
     async def _claim_to_stage(self) -> None:
         await self._claim_due([STAGING])
         settings, free = self._context.settings, self._places.free(STAGING, self._states())
-        if free > 0:
+        if free > 0 and self._admits:
             ahead, suspects_from = settings.max_staging + settings.max_running, self._limits.suspects_from
             self._begin(
                 await self._context.jobs.claim_queued(
@@ -309,7 +333,9 @@ class Worker:
             self._places.arrives(move.state)  # a claim may have been under way that did not see it yet
         if isinstance(outcome, Outage) and self._back_at.get(outcome.party, float("-inf")) > began:
             self._back.add(outcome.party)  # it came back before this job was among those that wait
-        self._teller.step(claim, outcome, move, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self._teller.step(claim, outcome, move, seconds)
+        self._context.metrics.step(claim.job, outcome, move, seconds)
         return kept
 
     def _goes_on(self, job: Job, outcome: Outcome, move: Move, control: Control) -> bool:

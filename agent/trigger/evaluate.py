@@ -37,7 +37,9 @@ class Evaluator:
         ovation: Ovation,
         holder: str,
         on_job: Callable[[], None] = lambda: None,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
+        self._beat = beat
         self._holder = holder
         self._settings = settings
         self._watch_list = watch_list
@@ -61,6 +63,7 @@ class Evaluator:
         """Work until cancelled."""
         try:
             while True:
+                self._beat()
                 self._wake.clear()
                 seconds = _IDLE_SECONDS
                 with contextlib.suppress(DatabaseError):  # the worker tells of it, once

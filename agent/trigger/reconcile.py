@@ -38,7 +38,9 @@ class Reconciler:
         ovation: Ovation,
         on_due: Callable[[], None] = lambda: None,
         holder: str | None = None,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
+        self._beat = beat
         self._settings = settings
         self._reconciliations = reconciliations
         self._watch_list = watch_list
@@ -59,6 +61,7 @@ class Reconciler:
             await self._reconciliations.make_due()
         try:
             while True:
+                self._beat()
                 self._wake.clear()
                 for organization in self._settings.ovation.organizations:
                     with contextlib.suppress(DatabaseError):  # the worker tells of it, once
@@ -105,5 +108,6 @@ class Reconciler:
         seen = [Seen(each.id, each.updated_at, is_recent(each, installed_at)) for each in listed]
         changed = 0
         for start in range(0, len(seen), _BATCH):
+            self._beat()
             changed += await self._reconciliations.note(walk, seen[start : start + _BATCH])
         return len(seen), changed

@@ -95,6 +95,10 @@ class JobAnswer(TypedDict):
     agent: AgentAnswer | None
     """Where its files are; nothing before it was let in."""
     waiting_for: str | None
+    due_at: Time | None
+    """When its work is, or was, due to be taken up; nothing once it has ended."""
+    held_until: Time | None
+    """While an agent works at it: until when it is that agent's if nothing more is heard of it."""
     cancel_requested: bool
     created_at: Time
     started_at: Time | None
@@ -161,6 +165,15 @@ class ActivityAnswer(TypedDict):
     """When it is looked at again."""
     deliveries: list[Delivery]
     jobs: list[JobAnswer]
+
+
+@_described
+class Admission(TypedDict):
+    """Whether this agent lets queued jobs in."""
+
+    admits: bool
+    under_way: Annotated[int, Field(ge=0)]
+    """Jobs that were let in here and have not ended."""
 
 
 @_described

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from agent.web import health, hpc_run, jobs, openapi, provenance, webhooks
+from agent.web import health, hpc_run, jobs, oncall, openapi, pages, provenance, webhooks
 from agent.web.state import MAX_BODY_BYTES, SERVICES, Services, errors
 
 
@@ -12,7 +12,8 @@ def application(services: Services) -> web.Application:
     """Put the handlers together."""
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[errors])
     app[SERVICES] = services
-    for module in (webhooks, hpc_run, jobs, provenance, health, openapi):
+    app[pages.PAGE] = pages.Page()
+    for module in (webhooks, hpc_run, jobs, oncall, provenance, health, openapi, pages):
         app.add_routes(module.routes)
     return app
 

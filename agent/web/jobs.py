@@ -5,21 +5,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from datetime import datetime
-from pathlib import Path
+from collections.abc import Mapping
+from datetime import datetime, timedelta
 
 from aiohttp import hdrs, web
 
+from agent.adapters.log_file import Begin
 from agent.db.jobs import Jobs
 from agent.domain.activity import Activity, NotReady, readiness
-from agent.domain.job import TERMINAL, Job, State
-from agent.domain.workdir import Layout
+from agent.domain.job import TERMINAL, Job, State, Verdict
 from agent.errors import DatabaseError, OvationError, OvationNotFound
 from agent.web.answers import ActivityAnswer, EventList, JobAnswer, JobList
-from agent.web.state import MAX_LISTED, SERVICES, Services, bearer, failure, is_id, read_json, same
+from agent.web.log_sources import source_of
+from agent.web.state import (
+    MAX_LISTED,
+    MAX_LOG_OFFSET,
+    MAX_SINCE_SECONDS,
+    MAX_TAIL,
+    SERVICES,
+    Services,
+    bearer,
+    failure,
+    is_id,
+    read_json,
+    same,
+)
 
 routes = web.RouteTableDef()
 _FOLLOW_SECONDS = 0.2
+_LISTED = 100
 _LOG_FOLLOWED_STATES = frozenset({State.QUEUED, State.STAGING, State.LAUNCHING, State.RUNNING})
 
 
@@ -32,20 +46,52 @@ def authorize(request: web.Request) -> None:
 
 @routes.get("/api/jobs")
 async def list_jobs(request: web.Request) -> web.Response:
-    """List jobs, newest first; `activity_id`, `state` and `limit` narrow it."""
+    """List jobs, newest first; parameters narrow it."""
     authorize(request)
-    state, limit = request.query.get("state"), request.query.get("limit", "100")
+    query = request.query
+    state, verdict = query.get("state"), query.get("verdict")
     if state is not None and state not in set(State):
         raise failure(400, f"no such state: the states are {', '.join(State)}")
-    if not re.fullmatch(r"[0-9]{1,4}", limit) or not 1 <= int(limit) <= MAX_LISTED:
-        raise failure(400, f"limit is not a number from 1 to {MAX_LISTED}")
-    activity_id = request.query.get("activity_id")
-    if activity_id is not None and not is_id(activity_id):
-        raise failure(400, "activity_id is not an Ovation id")
+    if verdict is not None and verdict not in set(Verdict):
+        raise failure(400, f"no such verdict: the verdicts are {', '.join(Verdict)}")
+    for name in ("activity_id", "project_id"):
+        if name in query and not is_id(query[name]):
+            raise failure(400, f"{name} is not an Ovation id")
     jobs = await request.app[SERVICES].jobs.newest(
-        activity_id=activity_id, state=State(state) if state else None, most=int(limit)
+        activity_id=query.get("activity_id"),
+        state=State(state) if state else None,
+        most=number(query, "limit", 1, MAX_LISTED) or _LISTED,
+        project_id=query.get("project_id"),
+        verdict=Verdict(verdict) if verdict else None,
+        since=None if (seconds := number(query, "since", 1, MAX_SINCE_SECONDS)) is None else timedelta(seconds=seconds),
+        stuck=flag(query, "stuck"),
     )
     return web.json_response(JobList(jobs=[as_json(job) for job in jobs]))
+
+
+def number(query: Mapping[str, str], name: str, least: int, most: int) -> int | None:
+    """Return a number that the address carries.
+
+    Raises:
+        web.HTTPException: 400 when it is none, or too small or too large.
+    """
+    if name not in query:
+        return None
+    text = query[name]
+    if not re.fullmatch(r"[0-9]{1,18}", text) or not least <= int(text) <= most:
+        raise failure(400, f"{name} is not a number from {least} to {most}")
+    return int(text)
+
+
+def flag(query: Mapping[str, str], name: str) -> bool:
+    """Return a yes or no that the address carries, as 1 or 0.
+
+    Raises:
+        web.HTTPException: 400 when it is neither.
+    """
+    if query.get(name, "0") not in {"0", "1"}:
+        raise failure(400, f"{name} is neither 0 nor 1")
+    return query.get(name) == "1"
 
 
 @routes.get("/api/jobs/{id}")
@@ -102,11 +148,19 @@ async def get_activity(request: web.Request) -> web.Response:
 async def cancel(request: web.Request) -> web.Response:
     """Ask for a job's end; what it wrote so far is still delivered."""
     job = await find_job(request)
-    services = request.app[SERVICES]
+    return web.json_response(as_json(await cancel_job(request.app[SERVICES], job)), status=202)
+
+
+async def cancel_job(services: Services, job: Job) -> Job:
+    """Ask for a job's end, and return it as it is now.
+
+    Raises:
+        web.HTTPException: 409 when it has ended.
+    """
     if not await services.jobs.cancel(job.id):
         raise failure(409, f"the job has ended already: {job.state}")
     services.on_cancel(job.id)
-    return web.json_response(as_json(await find_job(request)), status=202)
+    return await services.jobs.get(job.id) or job
 
 
 @routes.post("/api/jobs/{id}/rerun")
@@ -121,6 +175,20 @@ async def rerun(request: web.Request) -> web.Response:
         raise failure(400, "exact is 0 or 1")
     if exact == "1":
         return await _rerun_exactly(services, job)
+    again, made = await _rerun(services, job)
+    return web.json_response(as_json(again), status=201 if made else 200)
+
+
+async def rerun_job(services: Services, job: Job) -> Job:
+    """Run a job's Activity again, as it stands in Ovation now, and return the new job, or the one that is under way.
+
+    Raises:
+        web.HTTPException: 404, 409 or 503; its text says why.
+    """
+    return (await _rerun(services, job))[0]
+
+
+async def _rerun(services: Services, job: Job) -> tuple[Job, bool]:
     try:
         activity = await services.ovation.activity(job.organization, job.activity_id)
     except OvationNotFound:
@@ -133,7 +201,7 @@ async def rerun(request: web.Request) -> web.Response:
     again, made = await services.watch_list.start(activity, judgement.plan, "rerun")
     if made:
         services.on_job()
-    return web.json_response(as_json(again), status=201 if made else 200)
+    return again, made
 
 
 async def _rerun_exactly(services: Services, job: Job) -> web.Response:
@@ -158,25 +226,44 @@ async def _rerun_exactly(services: Services, job: Job) -> web.Response:
 async def read_log(request: web.Request) -> web.StreamResponse:
     """Send what the container wrote so far; with `follow=1`, what it writes until it ends."""
     job = await find_job(request)
+    begin = Begin(
+        offset=number(request.query, "offset", 0, MAX_LOG_OFFSET) or 0, lines=number(request.query, "tail", 0, MAX_TAIL)
+    )
+    following = flag(request.query, "follow")
+    return await send_log(request, job, request.match_info["stream"], begin, following=following)
+
+
+async def send_log(request: web.Request, job: Job, stream: str, begin: Begin, *, following: bool) -> web.StreamResponse:
+    """Send a log of a job, from where it is to begin; `Log-Offset` tells of which byte that is.
+
+    A log on another agent's disk comes through the database.
+
+    Raises:
+        web.HTTPException: 404 when it is not to be had.
+    """
     services = request.app[SERVICES]
-    follow = request.query.get("follow", "0")
-    if follow not in {"0", "1"}:
-        raise failure(400, "follow is neither 0 nor 1")
-    path = Path(Layout(services.data_dir, job.id).log(request.match_info["stream"], job.launch))
+    source = source_of(services.log_questions, services.data_dir, job, stream)
     live = job.state in _LOG_FOLLOWED_STATES
-    following = follow == "1"
-    if not (following and live) and not await asyncio.to_thread(path.exists):
-        raise failure(404, "there is no such log on this machine: the run has not begun, or its logs are in Ovation")
+    position = await source.begin(begin)
+    if position is None:
+        if not (following and live):
+            raise failure(404, _no_log(services, job))
+        position = begin.offset
     response = web.StreamResponse(
-        headers={hdrs.CONTENT_TYPE: "text/plain; charset=utf-8", "X-Content-Type-Options": "nosniff"}
+        headers={
+            hdrs.CONTENT_TYPE: "text/plain; charset=utf-8",
+            "X-Content-Type-Options": "nosniff",
+            "Log-Offset": str(position),
+        }
     )
     await response.prepare(request)
     if request.method == hdrs.METH_HEAD:
         return response  # aiohttp would send what is written, and the connection's next answer be taken for garbage
-    position = 0
     while True:
         ended = not following or await _has_ended(services.jobs, job.id)
-        position = await _send_from(response, path, position)
+        while piece := await source.read(position):
+            await response.write(piece)
+            position += len(piece)
         if ended:
             break
         await asyncio.sleep(_FOLLOW_SECONDS)
@@ -184,27 +271,17 @@ async def read_log(request: web.Request) -> web.StreamResponse:
     return response
 
 
+def _no_log(services: Services, job: Job) -> str:
+    if job.place is not None and job.place != services.log_questions.place:
+        return f"the agent on {job.host} has no such log any more, or does not answer: its logs are in Ovation"
+    return "there is no such log on this machine: the run has not begun, or its logs are in Ovation"
+
+
 async def _has_ended(jobs: Jobs, job_id: str) -> bool:
     with contextlib.suppress(DatabaseError):  # the container goes on without it
         found = await jobs.get(job_id)
         return found is None or found.state not in _LOG_FOLLOWED_STATES
     return False
-
-
-async def _send_from(response: web.StreamResponse, path: Path, position: int) -> int:
-    while piece := await asyncio.to_thread(_piece, path, position):
-        await response.write(piece)
-        position += len(piece)
-    return position
-
-
-def _piece(path: Path, position: int) -> bytes:
-    try:
-        with path.open("rb") as log:
-            log.seek(position)
-            return log.read(1 << 16)
-    except FileNotFoundError:
-        return b""
 
 
 async def find_job(request: web.Request) -> Job:
@@ -235,7 +312,9 @@ def as_json(job: Job) -> JobAnswer:
         "attempt": job.attempt,
         "launch": job.launch,
         "agent": {"host": job.host, "seen_at": time_of(job.host_seen_at)} if job.host else None,
-        "waiting_for": _waits(job),
+        "waiting_for": waits(job),
+        "due_at": None if job.state in TERMINAL else time_of(job.due_at),
+        "held_until": time_of(job.held_until),
         "cancel_requested": job.cancel_requested,
         "created_at": job.created_at.isoformat(),
         "started_at": time_of(job.started_at),
@@ -248,7 +327,7 @@ def as_json(job: Job) -> JobAnswer:
     }
 
 
-def _waits(job: Job) -> str | None:
+def waits(job: Job) -> str | None:
     """Say what a job waits for; where its files are on a machine whose agent is gone, that is it."""
     if not job.host_is_gone or job.state in TERMINAL:
         waits = job.progress.get("waiting_for")

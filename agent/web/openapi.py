@@ -104,7 +104,7 @@ def _responses(found: Mapping[int, Answer], problems: Iterable[str]) -> Schema:
         str(status): {
             "description": answer.description,
             **({"headers": dict(answer.headers)} if answer.headers else {}),
-            "content": _content(answer.type),
+            "content": _content(answer.type, answer.text),
         }
         for status, answer in found.items()
     }
@@ -112,9 +112,9 @@ def _responses(found: Mapping[int, Answer], problems: Iterable[str]) -> Schema:
     return dict(sorted({**responses, **references}.items()))
 
 
-def _content(kind: Any) -> Schema:
+def _content(kind: Any, text: str = "text/plain") -> Schema:
     if kind is None:
-        return {"text/plain": {"schema": {"type": "string"}}}
+        return {text: {"schema": {"type": "string"}}}
     schema = {"type": "object"} if kind == dict[str, Any] else {"$ref": _SCHEMAS.format(model=kind.__name__)}
     return {"application/json": {"schema": schema}}
 

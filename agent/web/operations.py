@@ -6,21 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from agent.domain.job import State
+from agent.domain.job import State, Verdict
 from agent.web import answers
 from agent.web.payloads import ORGANIZATION, PAYLOAD_EXAMPLES, WISH_EXAMPLES, Schema
-from agent.web.state import MAX_LISTED, MOST_ORGANIZATION
+from agent.web.state import MAX_LISTED, MAX_LOG_OFFSET, MAX_SINCE_SECONDS, MAX_TAIL, MOST_ORGANIZATION
 
 _JSON = "application/json"
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer that is no error: its meaning, and the type of its JSON (none: plain text)."""
+    """An answer that is no error: its meaning, and the type of its JSON; none: text of the media type `text`."""
 
     description: str
     type: Any = None
     headers: Mapping[str, Schema] = field(default_factory=dict)
+    text: str = "text/plain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ def _header(description: str, **schema: Any) -> Schema:
 _CLOSE = {"Connection": _header("The rest of the body is not read.", const="close")}
 _RETRY_AFTER = {"Retry-After": _header("Seconds to wait before the next try.", pattern="^[0-9]+$")}
 _LOCATION = {"Location": _header("Where the person who asked finds the job.", format="uri-reference")}
+_LOG_OFFSET = {"Log-Offset": _header("The number of the first byte that is sent.", pattern="^[0-9]+$")}
 _CHALLENGE = "How to authenticate."
 
 PROBLEMS: dict[str, Problem] = {
@@ -183,7 +185,17 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         problems=("Unreadable", "NoBearer", "Bug", "Away"),
         parameters=(
             _parameter("query", "activity_id", _OVATION_ID, "Only this Activity's."),
+            _parameter("query", "project_id", _OVATION_ID, "Only this Project's."),
             _parameter("query", "state", {"enum": list(State)}, "Only those in this state."),
+            _parameter("query", "verdict", {"enum": list(Verdict)}, "Only those whose container ended so."),
+            _parameter(
+                *("query", "since", {"type": "integer", "minimum": 1, "maximum": MAX_SINCE_SECONDS}),
+                "Only those that have not ended, or not more than so many seconds ago.",
+            ),
+            _parameter(
+                *("query", "stuck", {"type": "integer", "enum": [0, 1], "default": 0}),
+                "1: only those that have not come on for ten minutes, though not because their container runs.",
+            ),
             _parameter(
                 *("query", "limit", {"type": "integer", "minimum": 1, "maximum": MAX_LISTED, "default": 100}),
                 "No more than so many.",
@@ -213,7 +225,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "read_log",
         "administration",
         "Read what the container writes",
-        {200: Answer("What it wrote so far, or until it ends.")},
+        {200: Answer("What it wrote so far, or until it ends.", headers=_LOG_OFFSET)},
         problems=("Unreadable", "NoBearer", "NotFound", "Bug", "Away"),
         parameters=(
             _JOB,
@@ -221,6 +233,14 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             _parameter(
                 *("query", "follow", {"type": "integer", "enum": [0, 1], "default": 0}),
                 "1: go on sending until the container ends.",
+            ),
+            _parameter(
+                *("query", "offset", {"type": "integer", "minimum": 0, "maximum": MAX_LOG_OFFSET}),
+                "Only from this byte on: whoever was cut off goes on where it had come to.",
+            ),
+            _parameter(
+                *("query", "tail", {"type": "integer", "minimum": 0, "maximum": MAX_TAIL}),
+                "Of what is there by now, no more than so many last lines.",
             ),
         ),
         security=_ADMIN,
@@ -252,6 +272,47 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         ),
         security=_ADMIN,
     ),
+    ("get", "/api/log"): Operation(
+        "read_agent_log",
+        "administration",
+        "Read the agent's own log",
+        {
+            200: Answer(
+                "Its last lines, each a JSON object with its `number`; the oldest come first.",
+                text="application/x-ndjson",
+            )
+        },
+        problems=("Unreadable", "NoBearer", "Bug"),
+        parameters=(
+            _parameter(
+                *("query", "follow", {"type": "integer", "enum": [0, 1], "default": 0}), "1: and those that come."
+            ),
+            _parameter(
+                *("query", "after", {"type": "integer", "minimum": 0, "maximum": MAX_LOG_OFFSET}),
+                "Only those after the line of this number.",
+            ),
+            _parameter(
+                *("query", "tail", {"type": "integer", "minimum": 0, "maximum": MAX_TAIL}),
+                "Of what is there by now, no more than so many last lines.",
+            ),
+        ),
+        security=_ADMIN,
+    ),
+    **{
+        (method, path): Operation(
+            name,
+            "administration",
+            summary,
+            {200: Answer("How it stands now.", answers.Admission)},
+            problems=("NoBearer", "Bug", "Away"),
+            security=_ADMIN,
+        )
+        for method, path, name, summary in (
+            ("get", "/api/admission", "get_admission", "See whether queued jobs are let in"),
+            ("post", "/api/admission/stop", "stop_admission", "Let no queued job in; what was let in goes on"),
+            ("post", "/api/admission/start", "start_admission", "Let queued jobs in again"),
+        )
+    },
     ("get", "/api/jobs/{id}/comparison"): Operation(
         "get_comparison",
         "administration",
@@ -285,11 +346,18 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         )
         for path, name in (("/", "greet"), ("/healthz", "get_health"))
     },
+    ("get", "/metrics"): Operation(
+        "get_metrics",
+        "health",
+        "Read the agent's numbers",
+        {200: Answer("Prometheus's text format.")},
+        problems=("Bug",),
+    ),
     ("get", "/readyz"): Operation(
         "get_readiness",
         "health",
         "See whether the agent can work",
-        {200: Answer("It can: its database answers.", answers.Readiness)},
+        {200: Answer("It can: its database answers, its loops come round, and no work is old.", answers.Readiness)},
         problems=("Bug", "Away"),
     ),
     ("get", "/openapi.json"): Operation(

@@ -15,19 +15,26 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import LooseHeaders
 
 from agent.adapters.ovation import Ovation
+from agent.beats import Beats
 from agent.db.database import Database
 from agent.db.jobs import Jobs
+from agent.db.log_questions import LogQuestions
 from agent.db.outputs import Outputs
 from agent.db.watched import WatchList
+from agent.db.work import Work
 from agent.domain.delivery import Delivery, Receipt
 from agent.errors import DatabaseError
 from agent.logs import logger
+from agent.metrics import Metrics
 from agent.settings import Settings
 from agent.web.refusals import Refusals
 
 MAX_BODY_BYTES = 64 * 1024
 MOST_ORGANIZATION = 2**31 - 1
 MAX_LISTED = 1000
+MAX_SINCE_SECONDS = 366 * 86_400
+MAX_TAIL = 1_000_000
+MAX_LOG_OFFSET = 2**40  # what any file system can seek to
 _BODY_SECONDS = 30.0
 _ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,127}")
 _HEADER_TOKEN = re.compile(r"[\x21-\x7e]+")
@@ -42,6 +49,19 @@ class Inbox(Protocol):
 
     async def close(self) -> None:
         """Write what waits and take nothing more."""
+        ...
+
+
+class Admission(Protocol):
+    """Who lets queued jobs in."""
+
+    @property
+    def admits(self) -> bool:
+        """Whether they are let in."""
+        ...
+
+    def admit(self, *, admits: bool) -> None:
+        """Let them in, or none."""
         ...
 
 
@@ -60,6 +80,11 @@ class Services:
     inbox: Inbox
     on_job: Callable[[], None]
     on_cancel: Callable[[str], None]
+    work: Work
+    worker: Admission
+    log_questions: LogQuestions
+    metrics: Metrics = field(default_factory=Metrics)
+    beats: Beats = field(default_factory=Beats)
     refusals: Refusals = field(default_factory=Refusals)
 
 
@@ -132,6 +157,7 @@ def failure(status: int, detail: str, headers: LooseHeaders | None = None) -> we
     kinds: dict[int, type[web.HTTPException]] = {
         400: web.HTTPBadRequest,
         401: web.HTTPUnauthorized,
+        403: web.HTTPForbidden,
         404: web.HTTPNotFound,
         408: web.HTTPRequestTimeout,
         409: web.HTTPConflict,

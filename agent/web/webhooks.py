@@ -11,6 +11,7 @@ from aiohttp import hdrs, web
 
 from agent.domain.delivery import Delivery, Receipt
 from agent.domain.webhook import Hint, Unreadable, parse
+from agent.errors import DatabaseError
 from agent.settings import AgentSettings
 from agent.web import signatures
 from agent.web.state import MOST_ORGANIZATION, SERVICES, failure, parse_json, read_body, same
@@ -34,10 +35,17 @@ async def webhook(request: web.Request) -> web.Response:
     except web.HTTPException as refusal:
         detail = json.loads(refusal.text or "{}").get("errors", {}).get("detail", refusal.reason)
         services.refusals.count(refusal.status, detail, request.remote)
+        services.metrics.refusal(refusal.status)
         raise
     if not delivery.hints:
+        services.metrics.delivery(None)
         return _accepted(0)
-    receipt = await services.inbox.store(delivery)
+    try:
+        receipt = await services.inbox.store(delivery)
+    except DatabaseError:
+        services.metrics.delivery_lost()
+        raise
+    services.metrics.delivery(receipt)
     if receipt in _NO_ROOM:
         raise failure(503, _NO_ROOM[receipt], {hdrs.RETRY_AFTER: "5"})
     return _accepted(0 if receipt is Receipt.REPEATED else len(delivery.hints))

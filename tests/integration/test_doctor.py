@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -12,14 +13,19 @@ from typing import NamedTuple
 
 import pytest
 import pytest_asyncio
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from agent.sandbox.faults import FaultKind
 from agent.sandbox.server import Sandbox
 from agent.sandbox.settings import SandboxSettings
-from tests.agents import ADMIN_TOKEN, WEBHOOK_KEY, agent_environment
+from tests.agents import ADMIN_TOKEN, WEBHOOK_KEY, agent_environment, running_agent
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-CHECKS = ["webhooks", "data directory", "database", "containers", "Ovation", "object store"]
+CHECKS = [
+    *("webhooks", "data directory", "database", "containers", "images", "limits", "Ovation", "object store"),
+    *("clock", "agent"),
+]
 
 
 class Report(NamedTuple):
@@ -200,3 +206,32 @@ def closed_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+async def test_a_clock_that_is_wrong(environment: dict[str, str]) -> None:
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(headers={"Date": "Thu, 01 Jan 2026 00:00:00 GMT"})
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    async with TestServer(app) as server:
+        report = await examined({**environment, "AWS_ENDPOINT_URL_S3": str(server.make_url("/")).rstrip("/")})
+    good, found, remedy = report.findings["clock"]
+    assert not good
+    assert "s ahead of the object store's" in found
+    assert "NTP" in remedy
+
+
+async def test_the_agent_that_runs_and_one_that_does_not(sandbox: Sandbox, tmp_path: Path) -> None:
+    environment = agent_environment(sandbox.environment(), tmp_path)
+    assert (await examined(environment)).findings["agent"][1] == "none runs on this data directory"
+    async with running_agent(sandbox.environment(), tmp_path) as agent:
+        report = await examined(environment)
+        assert report.findings["agent"][:2] == (True, f"listens at {agent.address} and is ready")
+        agent.process.send_signal(signal.SIGSTOP)
+        try:
+            report = await examined(environment)
+        finally:
+            agent.process.send_signal(signal.SIGCONT)
+        assert report.findings["agent"][0] is False
+        assert "does not answer" in report.findings["agent"][1]

@@ -87,6 +87,9 @@ async def front(inbox: Inbox, **agent: object) -> AsyncIterator[tuple[TestClient
         inbox=inbox,
         on_job=nothing,
         on_cancel=nothing,
+        work=nothing,
+        worker=nothing,
+        log_questions=nothing,
     )
     async with TestClient(TestServer(application(services))) as client:
         yield client, services

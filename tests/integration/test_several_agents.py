@@ -292,3 +292,27 @@ async def test_cancel_while_its_machine_is_gone(tmp_path: Path, database_url: st
         assert (await second.call("POST", f"/api/jobs/{runs_id}/cancel"))[0] == 202
         assert (await second.job(runs))["state"] == "cancelled"
         (outputs / "sign").touch()  # there is no machine any more, but this test's is still here
+
+
+async def test_a_log_is_read_from_any_agent_whoever_runs_the_container(tmp_path: Path, database_url: str) -> None:
+    async with fleet(tmp_path, database_url) as here:
+        first = await here.begin(0)
+        here.lab.watch(first)
+        activity_id, job_id, outputs = await here.runs(f"seq 1 40000; {WAITS_FOR_A_SIGN} echo over >&2; echo last")
+        second = await here.begin(1)
+        path = f"/api/jobs/{job_id}/logs"
+        whole = "".join(f"{number}\n" for number in range(1, 40001)) + "begun\n"
+        assert await second.call("GET", f"{path}/stdout") == (200, whole)
+        assert await second.call("GET", f"{path}/stdout", params={"tail": "2"}) == (200, "40000\nbegun\n")
+        assert await second.call("GET", f"{path}/stdout", params={"offset": str(len(whole) - 6)}) == (200, "begun\n")
+        following = asyncio.create_task(second.call("GET", f"{path}/stdout", params={"follow": "1"}))
+        await asyncio.sleep(0)
+        (outputs / "sign").touch()
+        assert await asyncio.wait_for(following, 60) == (200, f"{whole}last\n")
+        await first.job(activity_id)
+        assert await second.call("GET", f"{path}/stderr") == (200, "over\n")
+        assert await here.one("SELECT count(*) FROM log_questions") == 0
+        await first.kill()
+        status, answer = await second.call("GET", f"{path}/stderr")
+        assert status == 404
+        assert "does not answer" in answer["errors"]["detail"]

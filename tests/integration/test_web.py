@@ -41,7 +41,18 @@ FIELDS = {
     *("exit_code", "trigger", "requested_by", "attempt", "created_at", "started_at", "finished_at", "progress"),
     "native_id",
 }
-MORE_FIELDS = {"activity_name", "waiting_for", "cancel_requested", "live", "launch", "agent", "resources", "exact_of"}
+MORE_FIELDS = {
+    "due_at",
+    "held_until",
+    "activity_name",
+    "waiting_for",
+    "cancel_requested",
+    "live",
+    "launch",
+    "agent",
+    "resources",
+    "exact_of",
+}
 
 
 class Answer(NamedTuple):

@@ -33,6 +33,10 @@ JOB: dict[str, Any] = {
     "launch": 1,
     "agent": {"host": "a-machine", "seen_at": "2026-01-02T03:04:05+00:00"},
     "waiting_for": None,
+    "live": True,
+    "due_at": "2026-01-01T00:00:00+00:00",
+    "held_until": None,
+    "progress": {"waiting_for": HOSTILE},
     "resources": {"granted": {"cpus": 2, "memory_bytes": 1024}, "notes": [HOSTILE]},
     "created_at": "2026-01-02T03:04:05+00:00",
 }

@@ -152,3 +152,17 @@ def test_a_broken_link_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "[7](none.md) [8](b.md#not-a-heading) [9](#none) [10](../b.md)\n\n[ref]: lost.md\n\n```\n[11](none)\n```\n"
     )
     assert broken_links(document) == ["none.md", "b.md#not-a-heading", "#none", "../b.md", "lost.md"]
+
+
+def events_in_the_code() -> set[str]:
+    """Return the names that the agent logs."""
+    call = re.compile(r"logger\(\)\s*\.(?:debug|info|warning|error|exception)\(\s*\"([a-z_]+)\"")
+    modules = [path for path in (ROOT / "agent").rglob("*.py") if "sandbox" not in path.parts]
+    return {name for path in modules for name in call.findall(path.read_text())}
+
+
+def test_recipes_name_events_that_there_are() -> None:
+    text = (ROOT / "docs/operations.md").read_text().partition("### Five recipes")[2].partition("\n## ")[0]
+    named = set(re.findall(r'\.event == "([a-z_]+)"', text))
+    assert named
+    assert named <= events_in_the_code()

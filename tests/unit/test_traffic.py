@@ -125,7 +125,7 @@ def test_the_limits_hold_and_nobody_waits_for_a_free_place(
 
 
 def test_without_a_limit_bytes_pass_at_once() -> None:
-    assert Traffic().delay_seconds(10**12) == 0.0
+    assert Traffic().delay_seconds(10**12, "down") == 0.0
 
 
 @given(st.lists(st.tuples(st.integers(0, 5000), st.floats(0, 3)), min_size=1))
@@ -134,7 +134,7 @@ def test_no_more_passes_than_is_allowed(moves: list[tuple[int, float]]) -> None:
     traffic = Traffic(bytes_per_second=1000, clock=lambda: now)
     began, passed = now, 0
     for count, idle in moves:
-        now += traffic.delay_seconds(count)
+        now += traffic.delay_seconds(count, "down")
         passed += count
         assert passed <= 1000 * (now - began) + 250 + 1e-6, "a quarter of a second's worth may pass at once"
         now += idle
@@ -143,7 +143,7 @@ def test_no_more_passes_than_is_allowed(moves: list[tuple[int, float]]) -> None:
 def test_who_paused_long_enough_goes_on_at_once() -> None:
     now = 0.0
     traffic = Traffic(bytes_per_second=1000, clock=lambda: now)
-    assert traffic.delay_seconds(250) == pytest.approx(0)
-    assert traffic.delay_seconds(1000) == pytest.approx(1)
+    assert traffic.delay_seconds(250, "down") == pytest.approx(0)
+    assert traffic.delay_seconds(1000, "down") == pytest.approx(1)
     now = 10.0
-    assert traffic.delay_seconds(200) == pytest.approx(0)
+    assert traffic.delay_seconds(200, "down") == pytest.approx(0)
