@@ -153,7 +153,14 @@ async def show_agent_log(
 ) -> None:
     """Print the agent's own log, of all jobs."""
     patience, show, last = Patience(follow=follow), _line_shower(as_json=as_json), 0
+    process: str | None = None
     oldest = None if since_seconds is None else datetime.now(UTC) - timedelta(seconds=since_seconds)
+
+    def begins(headers: Mapping[str, str]) -> None:
+        nonlocal process
+        process = headers.get("Log-Process")
+        patience.answered()
+
     while True:
         rest = b""
         try:
@@ -161,9 +168,10 @@ async def show_agent_log(
                 query = {
                     "follow": "1" if follow else "0",
                     "after": str(last) if last else None,
+                    "process": process if last else None,
                     "tail": None if tail is None or last else str(tail),
                 }
-                async for piece in client.stream("api", "log", on_headers=lambda _: patience.answered(), **query):
+                async for piece in client.stream("api", "log", on_headers=begins, **query):
                     *lines, rest = (rest + piece).split(b"\n")
                     for line in filter(None, lines):
                         event = json.loads(line)
@@ -175,21 +183,6 @@ async def show_agent_log(
                 return
         except AgentRefused as error:
             await patience.lost(error)
-            if await _began_anew(settings, last):
-                last = 0  # another process, whose lines are numbered from 1
-
-
-async def _began_anew(settings: Settings, last: int) -> bool:
-    """Say whether the agent's log has fewer lines than were seen of it: then it is that of a new process."""
-    newest = 0
-    try:
-        async with Client.find(settings) as client:
-            async for piece in client.stream("api", "log", tail="1"):
-                for line in filter(None, piece.split(b"\n")):
-                    newest = int(json.loads(line)["number"])
-    except (AgentRefused, ValueError):
-        return False
-    return newest < last
 
 
 def _line_shower(*, as_json: bool) -> Callable[[dict[str, Any]], None]:

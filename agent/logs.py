@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 import sys
 from collections import deque
 from collections.abc import Iterable, Mapping, MutableMapping
@@ -41,6 +42,8 @@ class Recent:
     """The last lines of this process's log, for whoever follows it from outside."""
 
     def __init__(self, most: int = 2000) -> None:
+        self.process = secrets.token_hex(8)
+        """Names the process that numbers the lines."""
         self._lines: deque[Line] = deque(maxlen=most)
         self._count = 0
 
@@ -58,9 +61,9 @@ class Recent:
 recent = Recent()
 
 
-def hide(secrets: Iterable[str]) -> None:
+def hide(values: Iterable[str]) -> None:
     """Keep these very values out of the log, wherever they may turn up; only from 6 characters on."""
-    _hidden.update(secret for secret in secrets if len(secret) >= _HIDDEN_LEAST_CHARACTERS)
+    _hidden.update(secret for secret in values if len(secret) >= _HIDDEN_LEAST_CHARACTERS)
 
 
 def redact(text: str) -> str:

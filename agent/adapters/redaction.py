@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import BinaryIO
 from agent.logs import redact
 
 _PIECE_BYTES = 1 << 20
+_LINE_BYTES = 16 << 20
 
 
 def redact_file(path: Path) -> bool:
@@ -52,7 +52,6 @@ def _rewrite(path: Path, file: BinaryIO, kept: int, clean: bytes) -> None:
                 copy.write(_clean(piece))
             copy.flush()
             os.fsync(copy.fileno())
-        shutil.copystat(path, part, follow_symlinks=False)
         part.rename(path)
     except BaseException:
         part.unlink(missing_ok=True)
@@ -60,10 +59,14 @@ def _rewrite(path: Path, file: BinaryIO, kept: int, clean: bytes) -> None:
 
 
 def _pieces(file: BinaryIO) -> Iterator[bytes]:
-    """Yield whole lines, many at once; the file stands behind them then. A line without end comes in parts."""
+    """Yield whole lines, many at once; the file stands behind them then.
+
+    A secret is found within a line: only one of more than 16 MiB comes in parts, and could hide one at their border.
+    """
     while piece := file.read(_PIECE_BYTES):
-        end = max(piece.rfind(b"\n"), piece.rfind(b" ")) + 1
-        if len(piece) == _PIECE_BYTES and end:
+        while not (end := piece.rfind(b"\n") + 1) and len(piece) < _LINE_BYTES and (more := file.read(_PIECE_BYTES)):
+            piece += more
+        if end:
             file.seek(end - len(piece), os.SEEK_CUR)
             piece = piece[:end]
         yield piece

@@ -264,6 +264,9 @@ async def send_log(request: web.Request, job: Job, stream: str, begin: Begin, *,
         while piece := await source.read(position):
             await response.write(piece)
             position += len(piece)
+        if ended and piece is None and request.transport is not None:
+            request.transport.abort()  # there may be more: whoever reads is not to take this for the end
+            return response
         if ended:
             break
         await asyncio.sleep(_FOLLOW_SECONDS)

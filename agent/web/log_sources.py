@@ -21,8 +21,8 @@ class LogSource(Protocol):
         """Return the byte to begin with; nothing where there is no such log, or nobody tells."""
         ...
 
-    async def read(self, position: int) -> bytes:
-        """Return the next bytes; nothing where there are none now."""
+    async def read(self, position: int) -> bytes | None:
+        """Return the next bytes, empty where there are none now; None where nobody tells."""
         ...
 
 
@@ -38,7 +38,7 @@ class HereLog:
             return None
         return await asyncio.to_thread(begin.find, self._path)
 
-    async def read(self, position: int) -> bytes:
+    async def read(self, position: int) -> bytes | None:
         """Return the next bytes."""
         return await asyncio.to_thread(log_file.read, self._path, position)
 
@@ -55,13 +55,13 @@ class ThereLog:
         piece = await self._questions.ask(*self._where, begin.offset, lines=begin.lines, most_bytes=begin.most_bytes)
         return None if piece is None else piece.begins
 
-    async def read(self, position: int) -> bytes:
-        """Return the next bytes; nothing while that agent, or the database, is away."""
+    async def read(self, position: int) -> bytes | None:
+        """Return the next bytes; None while that agent, or the database, is away."""
         try:
             piece = await self._questions.ask(*self._where, position)
         except DatabaseError:
-            return b""
-        return b"" if piece is None else piece.content
+            return None
+        return None if piece is None else piece.content
 
 
 def source_of(questions: LogQuestions, data_dir: Path, job: Job, stream: str) -> LogSource:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 
 from aiohttp import hdrs, web
 
 from agent.logs import Line, recent
 from agent.web.answers import Admission
 from agent.web.jobs import authorize, flag, number
-from agent.web.state import MAX_LOG_OFFSET, MAX_TAIL, SERVICES
+from agent.web.state import MAX_LOG_OFFSET, MAX_TAIL, SERVICES, failure
 
 routes = web.RouteTableDef()
 _FOLLOW_SECONDS = 0.2
@@ -22,9 +23,18 @@ async def read_log(request: web.Request) -> web.StreamResponse:
     """Send the last lines of this agent's log as JSON, one a line; with `follow=1`, and those that come."""
     authorize(request)
     after = number(request.query, "after", 0, MAX_LOG_OFFSET) or 0
+    process = request.query.get("process", recent.process)
+    if re.fullmatch(r"[0-9a-f]{1,64}", process) is None:
+        raise failure(400, "process is none of those that Log-Process names")
+    if process != recent.process:
+        after = 0  # that was another process, with numbers of its own
     tail, following = number(request.query, "tail", 0, MAX_TAIL), flag(request.query, "follow")
     response = web.StreamResponse(
-        headers={hdrs.CONTENT_TYPE: "application/x-ndjson", "X-Content-Type-Options": "nosniff"}
+        headers={
+            hdrs.CONTENT_TYPE: "application/x-ndjson",
+            "X-Content-Type-Options": "nosniff",
+            "Log-Process": recent.process,
+        }
     )
     await response.prepare(request)
     if request.method == hdrs.METH_HEAD:
@@ -43,7 +53,7 @@ async def read_log(request: web.Request) -> web.StreamResponse:
             break
         await asyncio.sleep(_FOLLOW_SECONDS)
         quiet += _FOLLOW_SECONDS
-        lines = recent.after(max(after, 0))
+        lines = recent.after(after)
     await response.write_eof()
     return response
 

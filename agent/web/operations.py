@@ -56,6 +56,7 @@ _CLOSE = {"Connection": _header("The rest of the body is not read.", const="clos
 _RETRY_AFTER = {"Retry-After": _header("Seconds to wait before the next try.", pattern="^[0-9]+$")}
 _LOCATION = {"Location": _header("Where the person who asked finds the job.", format="uri-reference")}
 _LOG_OFFSET = {"Log-Offset": _header("The number of the first byte that is sent.", pattern="^[0-9]+$")}
+_LOG_PROCESS = {"Log-Process": _header("Names the process whose lines these are.", pattern="^[0-9a-f]+$")}
 _CHALLENGE = "How to authenticate."
 
 PROBLEMS: dict[str, Problem] = {
@@ -279,6 +280,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         {
             200: Answer(
                 "Its last lines, each a JSON object with its `number`; the oldest come first.",
+                headers=_LOG_PROCESS,
                 text="application/x-ndjson",
             )
         },
@@ -290,6 +292,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             _parameter(
                 *("query", "after", {"type": "integer", "minimum": 0, "maximum": MAX_LOG_OFFSET}),
                 "Only those after the line of this number.",
+            ),
+            _parameter(
+                *("query", "process", {"type": "string", "pattern": "^[0-9a-f]{1,64}$"}),
+                "The `Log-Process` that numbered it: of another process, all lines come.",
             ),
             _parameter(
                 *("query", "tail", {"type": "integer", "minimum": 0, "maximum": MAX_TAIL}),

@@ -60,6 +60,17 @@ def test_a_secret_is_found_wherever_it_stands_in_a_long_log(
         assert log.read_bytes() == "\n".join(wanted).encode(errors="surrogateescape")
 
 
+@pytest.mark.parametrize("secret", ["Authorization: Bearer abcdefgh-secret", '{"client_secret": "abcdefgh-secret"}'])
+def test_no_border_of_a_piece_hides_a_secret(secret: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redaction, "_PIECE_BYTES", 64)
+    log = tmp_path / "log"
+    for before in range(130):
+        for line in (f"{'x' * before}\n{secret} and more\n", f"{'x ' * before}{secret} and more\n"):
+            log.write_text(line + "more words here\n" * 20)
+            assert redact_file(log)
+            assert "abcdefgh-secret" not in log.read_text(), before
+
+
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_text("password=hunter2-secret")
     (tmp_path / "log").symlink_to(tmp_path / "elsewhere")
