@@ -12,10 +12,10 @@ import json
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from functools import cache, wraps
+from datetime import UTC, datetime
+from functools import wraps
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +27,12 @@ from agent.domain.job import TERMINAL, Job, State
 from agent.errors import DatabaseError
 from agent.web import charts, sessions
 from agent.web.health import troubles
-from agent.web.jobs import cancel_job, flag, number, rerun_job, send_log, waits
+from agent.web.jobs import cancel_job, flag, number, rerun_job, send_log
+from agent.web.rendering import HEADERS, charts_of, html, render, see_other
 from agent.web.state import SERVICES, Handler, failure, read_body, same
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
+    pass
 
 routes = web.RouteTableDef()
 _TICK_SECONDS = 1.0
@@ -42,16 +43,6 @@ _DAYS_SECONDS = 15.0
 _WRONG_TOKEN_SECONDS = 1.0
 _MOST_TAIL_BYTES = 1 << 20
 _STATIC = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
-_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
-    " connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    hdrs.CACHE_CONTROL: "no-store",
-}
 
 
 @dataclass(slots=True)
@@ -67,14 +58,6 @@ class Page:
 PAGE = web.AppKey("page", Page)
 
 
-@dataclass(frozen=True, slots=True)
-class _Chart:
-    title: str
-    kinds: Sequence[str]
-    columns: Sequence[charts.Column]
-    show: Callable[[float], str]
-
-
 def _for_people(handler: Handler) -> Handler:
     """Show what stands against a request as a page, and have whoever is not signed in sign in."""
 
@@ -84,11 +67,11 @@ def _for_people(handler: Handler) -> Handler:
             return await handler(request)
         except DatabaseError:
             words = "The agent's database is away. Containers go on; look again in a moment."
-            return _html("problem.html", status=503, title="The database is away", text=words)
+            return html("problem.html", status=503, title="The database is away", text=words)
         except web.HTTPUnauthorized:
             return _to_login(request)
         except web.HTTPException as refusal:
-            return _html("problem.html", status=refusal.status, title="That was not done", text=_detail(refusal))
+            return html("problem.html", status=refusal.status, title="That was not done", text=_detail(refusal))
 
     return shown
 
@@ -101,7 +84,7 @@ async def home(request: web.Request) -> web.StreamResponse:
         return web.json_response({"status": "alive"}, headers={hdrs.VARY: hdrs.ACCEPT})
     if not _signed_in(request):
         return _to_login(request)
-    return _html("jobs.html", **await _jobs(request), form_token=_form_token(request))
+    return html("jobs.html", **await _jobs(request), form_token=_form_token(request))
 
 
 @routes.get("/page/jobs/{id}")
@@ -111,13 +94,13 @@ async def show_job(request: web.Request) -> web.StreamResponse:
     if not _signed_in(request):
         return _to_login(request)
     stream = request.query.get("log", "stdout")
-    return _html("job.html", **await _job(request, request.match_info["id"]), stream=_stream(stream))
+    return html("job.html", **await _job(request, request.match_info["id"]), stream=_stream(stream))
 
 
 @routes.get("/page/login")
 async def login_form(request: web.Request) -> web.Response:
     """Ask for the admin token."""
-    return _html("login.html", next=_inside(request.query.get("next")), form_token=None)
+    return html("login.html", next=_inside(request.query.get("next")), form_token=None)
 
 
 @routes.post("/page/login")
@@ -132,14 +115,14 @@ async def login(request: web.Request) -> web.Response:
         page.wrong = page.wrong or asyncio.Lock()
         async with page.wrong:
             await asyncio.sleep(_WRONG_TOKEN_SECONDS)
-        return _html("login.html", status=403, wrong="That is not the admin token.", next=target, form_token=None)
-    answer = _see_other(target)
+        return html("login.html", status=403, wrong="That is not the admin token.", next=target, form_token=None)
+    answer = see_other(target)
     answer.set_cookie(
         sessions.COOKIE,
         sessions.issue(services.admin_token),
         max_age=sessions.SESSION_SECONDS,
         httponly=True,
-        samesite="Strict",
+        samesite="Lax",
         secure=_is_https(request),
     )
     return answer
@@ -150,7 +133,7 @@ async def login(request: web.Request) -> web.Response:
 async def logout(request: web.Request) -> web.Response:
     """End the session in this browser."""
     await _own_form(request)
-    answer = _see_other("/page/login")
+    answer = see_other("/page/login")
     answer.del_cookie(sessions.COOKIE)
     return answer
 
@@ -193,7 +176,13 @@ async def changes(request: web.Request) -> web.StreamResponse:
     job_id = request.query.get("job")
     if job_id is not None:
         await _find(request, job_id)
-    response = web.StreamResponse(headers={**_HEADERS, hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8"})
+    response = web.StreamResponse(
+        headers={
+            **HEADERS,
+            hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8",
+            "X-Accel-Buffering": "no",  # nginx would keep them until there are many
+        }
+    )
     await response.prepare(request)
     if request.method == hdrs.METH_HEAD:
         return response
@@ -212,7 +201,7 @@ async def static(request: web.Request) -> web.Response:
     if name not in _STATIC:
         raise failure(404, "there is no such file")
     content = resources.files("agent.web").joinpath("static", name).read_bytes()
-    headers = {**_HEADERS, hdrs.CONTENT_TYPE: f"{_STATIC[name]}; charset=utf-8", hdrs.CACHE_CONTROL: "no-cache"}
+    headers = {**HEADERS, hdrs.CONTENT_TYPE: f"{_STATIC[name]}; charset=utf-8", hdrs.CACHE_CONTROL: "no-cache"}
     return web.Response(body=content, headers=headers)
 
 
@@ -234,8 +223,8 @@ async def _send_changes(request: web.Request, response: web.StreamResponse, job_
 
 async def _fragment(request: web.Request, job_id: str | None) -> str:
     if job_id is None:
-        return _render("jobs_live.html", **await _jobs(request))
-    return _render("job_live.html", **await _job(request, job_id))
+        return render("jobs_live.html", **await _jobs(request))
+    return render("job_live.html", **await _job(request, job_id))
 
 
 async def _jobs(request: web.Request) -> dict[str, Any]:
@@ -250,7 +239,7 @@ async def _jobs(request: web.Request) -> dict[str, Any]:
         "more": len(jobs) == _MOST_JOBS,
         "waiting": await services.work.waiting_activities(),
         "counts": [(state, live[state]) for state in State if live[state]],
-        "charts": _charts(page.days),
+        "charts": charts_of(page.days),
         "troubles": await troubles(services),
         "now": _now(),
         "host": socket.gethostname(),
@@ -270,28 +259,14 @@ async def _job(request: web.Request, job_id: str) -> dict[str, Any]:
     }
 
 
-def _charts(days: Sequence[Day]) -> list[_Chart]:
-    verdicts = charts.columns(
-        days,
-        ("succeeded", lambda day: day.succeeded),
-        ("failed", lambda day: day.failed),
-        ("cancelled", lambda day: day.cancelled),
-    )
-    return [
-        _Chart("Runs that ended", ("succeeded", "failed", "cancelled"), verdicts, lambda value: f"{value:.0f}"),
-        _Chart("Waiting time, median", (), charts.columns(days, ("waited", lambda day: day.waited_seconds)), _duration),
-        _Chart("Bytes delivered", (), charts.columns(days, ("bytes", lambda day: day.bytes)), _size),
-    ]
-
-
 async def _done(job: Job, work: Awaitable[Job]) -> web.Response:
     """Do what a button asks for; what stands against it is shown as a page."""
     try:
         found = await work
     except web.HTTPException as refusal:
         back = f"/page/jobs/{job.id}"
-        return _html("problem.html", status=refusal.status, title="That was not done", text=_detail(refusal), back=back)
-    return _see_other(f"/page/jobs/{found.id}")
+        return html("problem.html", status=refusal.status, title="That was not done", text=_detail(refusal), back=back)
+    return see_other(f"/page/jobs/{found.id}")
 
 
 def _detail(refusal: web.HTTPException) -> str:
@@ -361,11 +336,7 @@ def _stream(name: str) -> str:
 def _to_login(request: web.Request) -> web.Response:
     from urllib.parse import urlencode
 
-    return _see_other(f"/page/login?{urlencode({'next': _inside(request.path)})}")
-
-
-def _see_other(target: str) -> web.Response:
-    return web.Response(status=303, headers={**_HEADERS, hdrs.LOCATION: target})
+    return see_other(f"/page/login?{urlencode({'next': _inside(request.path)})}")
 
 
 def _is_https(request: web.Request) -> bool:
@@ -373,50 +344,5 @@ def _is_https(request: web.Request) -> bool:
     return request.secure or request.headers.get("X-Forwarded-Proto", "") == "https"
 
 
-def _html(template: str, status: int = 200, **values: Any) -> web.Response:
-    text = _render(template, **{"host": socket.gethostname(), **values})
-    headers = {**_HEADERS, hdrs.VARY: hdrs.ACCEPT}
-    return web.Response(text=text, status=status, content_type="text/html", headers=headers)
-
-
-def _render(template: str, **values: Any) -> str:
-    return _templates().get_template(template).render(**values)
-
-
-@cache
-def _templates() -> Environment:
-    """Return the templates; most agents' pages are looked at seldom, so they are read when they are."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    made = Environment(
-        loader=PackageLoader("agent.web"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.globals.update(form_token=None, said=None, wrong=None, back=None)
-    made.filters.update(
-        moment=_moment, duration=_duration, size=_size, waits=waits, words=lambda name: str(name).replace("_", " ")
-    )
-    return made
-
-
 def _now() -> datetime:
     return datetime.now(UTC)
-
-
-def _moment(at: datetime) -> str:
-    return f"{at:%Y-%m-%d %H:%M:%S} UTC"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 10:  # noqa: PLR2004 below that, tenths are of interest
-        return f"{seconds:.1f} s"
-    return f"{seconds:.0f} s" if seconds < 100 else str(timedelta(seconds=round(seconds)))  # noqa: PLR2004
-
-
-def _size(count: float) -> str:
-    from rich.filesize import decimal
-
-    return decimal(int(count))
