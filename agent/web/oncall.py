@@ -8,7 +8,7 @@ import re
 
 from aiohttp import hdrs, web
 
-from agent.logs import Line, recent
+from agent.logs import Line, logger, recent
 from agent.web.answers import Admission
 from agent.web.jobs import authorize, flag, number
 from agent.web.state import MAX_LOG_OFFSET, MAX_TAIL, SERVICES, failure
@@ -74,6 +74,7 @@ async def stop(request: web.Request) -> web.Response:
     """Let no queued job in any more; what was let in goes on to its end."""
     authorize(request)
     request.app[SERVICES].worker.admit(admits=False)
+    logger().info("admission_stopped")
     return await _admission(request)
 
 
@@ -82,6 +83,7 @@ async def start(request: web.Request) -> web.Response:
     """Let queued jobs in again."""
     authorize(request)
     request.app[SERVICES].worker.admit(admits=True)
+    logger().info("admission_started")
     return await _admission(request)
 
 

@@ -13,7 +13,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import wraps
 from importlib import resources
@@ -39,6 +39,7 @@ _TICK_SECONDS = 1.0
 _SIGN_OF_LIFE_SECONDS = 15.0
 _MOST_FOLLOWED = 32
 _MOST_JOBS = 100
+_DRAINED = "No queued job is let in here: `ovation-agent drain --off` ends that."
 _DAYS_SECONDS = 15.0
 _WRONG_TOKEN_SECONDS = 1.0
 _MOST_TAIL_BYTES = 1 << 20
@@ -52,6 +53,8 @@ class Page:
     followed: int = 0
     days: Sequence[Day] = ()
     days_at: float = float("-inf")
+    listed: dict[str, Any] = field(default_factory=dict)
+    listed_at: float = float("-inf")
     wrong: asyncio.Lock | None = None  # wrong tokens wait for each other
 
 
@@ -228,6 +231,14 @@ async def _fragment(request: web.Request, job_id: str | None) -> str:
 
 
 async def _jobs(request: web.Request) -> dict[str, Any]:
+    """Return what the list shows, the same for all that look at the same moment."""
+    page = request.app[PAGE]
+    if time.monotonic() - page.listed_at > _TICK_SECONDS / 2:
+        page.listed, page.listed_at = await _read_jobs(request), time.monotonic()
+    return page.listed
+
+
+async def _read_jobs(request: web.Request) -> dict[str, Any]:
     services, page = request.app[SERVICES], request.app[PAGE]
     jobs = await services.jobs.newest(most=_MOST_JOBS)
     jobs.sort(key=lambda job: job.state in TERMINAL)  # what is under way comes first
@@ -240,7 +251,7 @@ async def _jobs(request: web.Request) -> dict[str, Any]:
         "waiting": await services.work.waiting_activities(),
         "counts": [(state, live[state]) for state in State if live[state]],
         "charts": charts_of(page.days),
-        "troubles": await troubles(services),
+        "troubles": [*await troubles(services), *([] if services.worker.admits else [_DRAINED])],
         "now": _now(),
         "host": socket.gethostname(),
     }

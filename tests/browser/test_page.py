@@ -198,6 +198,17 @@ async def test_what_stands_against_it_is_a_page(lab: Lab, browser: Browser) -> N
     await context.close()
 
 
+async def test_a_machine_that_is_being_emptied_says_so(lab: Lab, browser: Browser) -> None:
+    async with opened(browser, lab) as page:
+        await sign_in(page)
+        await lab.agent.call("POST", "/api/admission/stop")
+        try:
+            await expect(page.get_by_role("alert")).to_contain_text("No queued job is let in here")
+        finally:
+            await lab.agent.call("POST", "/api/admission/start")
+        await expect(page.get_by_role("alert")).to_have_count(0)
+
+
 async def test_another_site_cannot_press_a_button(lab: Lab) -> None:
     activity_id = lab.activity("sleep 60", name="Not theirs")
     job = await lab.agent.job(activity_id, states={"running"})
