@@ -154,6 +154,8 @@ def _moved(job: Job, move: Move, row: Row) -> Job:
         suspicion=0,
         progress={},
         resources={**job.resources, **(move.resources or {})},
+        due_at=row["due_at"],
+        held_until=row["lease_until"],
         folder_id=row["folder_id"],
         cancel_requested=row["cancel_requested"],
     )

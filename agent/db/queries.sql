@@ -313,12 +313,12 @@ moved AS (
     WHERE j.id = ANY(ARRAY(SELECT b.id FROM before b)) AND j.id = m.id
         AND j.lease_token = m.lease_token AND j.state = m.from_state AND j.lease_until IS NOT NULL
     RETURNING j.id, j.state, j.attempt, j.launch, j.waiting_for, m.note, m.done, cancel_requested, folder_id,
-        coalesce(j.waiting_party, split_part(j.waiting_for, ',', 1)) AS waits),
+        due_at, lease_until, coalesce(j.waiting_party, split_part(j.waiting_for, ',', 1)) AS waits),
 told AS (
     INSERT INTO job_events (job_id, state, attempt, note, done)
     SELECT id, m.state, m.attempt, coalesce(m.waiting_for, m.note), m.done FROM moved m JOIN before b USING (id)
     WHERE (m.state, m.attempt, m.launch, m.waits) IS DISTINCT FROM (b.state, b.attempt, b.launch, b.waits))
-SELECT id, cancel_requested, folder_id FROM moved;
+SELECT id, cancel_requested, folder_id, due_at, lease_until FROM moved;
 
 -- name: wake_waiting!
 -- An outside party is back: what waits for it is due now. In the order of their ids, as everybody writes.
