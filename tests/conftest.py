@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import shutil
 import signal
 import tempfile
@@ -17,6 +18,7 @@ import pytest
 from hypothesis import settings
 
 from agent.db.database import Database
+from tests.chaos.recovery import print_table
 from tests.postgres import debian_server
 
 settings.register_profile("quick", max_examples=60, deadline=None, database=None)
@@ -37,6 +39,14 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.basetemp is None:
         config.option.basetemp = tempfile.mkdtemp(prefix="ovation-tests-")
         config.add_cleanup(lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True))
+    if not os.environ.get("CHAOS_SEED"):  # chosen once, for all processes that tests run in
+        long = os.environ.get("CHAOS") == "long"
+        os.environ["CHAOS_SEED"] = str(secrets.randbelow(1_000_000)) if long else "1"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how long the chaos suite's recoveries took."""
+    print_table(terminalreporter, os.environ["CHAOS_SEED"])
 
 
 @pytest.fixture(autouse=True)

@@ -26,30 +26,20 @@ from agent.sandbox.settings import SandboxSettings, WebhookSettings
 from tests.agents import WEBHOOK_KEY, AgentProcess, agent_environment
 from tests.chaos.points import Plan
 from tests.chaos.promise import Expected, Scene, check_promise
+from tests.chaos.recovery import PROMISED_SECONDS, Recovery, note
 from tests.chaos.remains import processes_of
 from tests.chaos.work import SMALL, Work
 from tests.chaos.zygote import Life, Zygote
 from tests.conftest import fresh_database
 from tests.lab import Lab
 
-PROMISED_SECONDS = 60.0
 _PATIENCE_SECONDS = 180.0  # for the figure in the table, when the promise is broken
-# Below those that the kernel gives to connections: an agent's port is free again for its next life.
-_PORTS = itertools.cycle(random.sample(range(20_000, 32_000), k=1000))
-
-
-@dataclass(frozen=True, slots=True)
-class Recovery:
-    """How long it took from the last fault's clearing until every job had ended."""
-
-    scenario: str
-    faults: int
-    jobs: int
-    seconds: float
-
-
-RECOVERIES: list[Recovery] = []
-"""What was measured in this test session."""
+# Below those that the kernel gives to connections: an agent's port is free again for its next life. Each process that
+# runs tests has its own.
+_PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PORTS = itertools.cycle(
+    random.sample(range(20_000 + _PROCESS, 32_000, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))), k=1000)
+)
 
 
 class Agent(AgentProcess):
@@ -177,7 +167,7 @@ class Chaos:
             while (left := await self._left(connection)) and self._passed() < _PATIENCE_SECONDS:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         seconds = self._passed()
-        RECOVERIES.append(Recovery(scenario, self.faults, len(self.expected), seconds))
+        note(Recovery(scenario, self.faults, len(self.expected), seconds))
         assert seconds <= PROMISED_SECONDS, f"{scenario}: not within {PROMISED_SECONDS:.0f} s, {left or 'but then'}"
         return seconds
 
