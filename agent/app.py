@@ -3,54 +3,48 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import fcntl
 import json
 import os
 import secrets
 import shutil
 import signal
-import sys
-import uuid
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from aiohttp import web
 
 from agent import __version__, logs
-from agent.adapters.cache import Cache
-from agent.adapters.circuit import Circuit
-from agent.adapters.disk import Room, remove_unfinished, write_whole
-from agent.adapters.download import Downloader
-from agent.adapters.executor import Executor
-from agent.adapters.lanes import Lanes
-from agent.adapters.local import LocalExecutor, LocalSettings
-from agent.adapters.ovation import Ovation
+from agent.adapters.disk import remove_unfinished
+from agent.adapters.node import NodePrograms
 from agent.adapters.service_manager import notify, watchdog_seconds
-from agent.adapters.slurm import SlurmExecutor, SlurmSettings
-from agent.adapters.traffic import Traffic
-from agent.adapters.upload import Uploader
+from agent.adapters.slurm import SlurmExecutor
 from agent.beats import Beats
-from agent.db.connect import connect
-from agent.db.database import Database
-from agent.db.jobs import Jobs
 from agent.db.log_questions import LogQuestions
-from agent.db.outputs import Outputs
+from agent.db.node_runs import NodeRuns
 from agent.db.reconciliations import Reconciliations
 from agent.db.watched import WatchList
 from agent.db.work import Work
-from agent.domain.container import User
-from agent.domain.slurm import Site
-from agent.errors import ConfigurationError, OvationRefused, OvationUnavailable, StorageUnavailable
+from agent.errors import ConfigurationError, OvationRefused, OvationUnavailable
+from agent.node import orders_for
+from agent.parties import (
+    alone,
+    context_of,
+    executor_for,
+    made_data_dir,
+    open_parties,
+    place_of,
+    slurm_settings,
+    write_private,
+)
 from agent.pipeline.context import Context
 from agent.pipeline.log_answers import answer_questions
+from agent.pipeline.node_keeper import NodeKeeper
 from agent.pipeline.perform import OBJECT_STORE, OVATION
 from agent.pipeline.sweep import sweep
 from agent.pipeline.worker import Worker
-from agent.settings import AgentSettings, Settings
+from agent.settings import Settings
 from agent.trigger.evaluate import Evaluator
 from agent.trigger.inbox import Inbox, sweep_deliveries
 from agent.trigger.reconcile import Reconciler
@@ -69,6 +63,7 @@ class _Agent:
     reconciler: Reconciler
     context: Context
     place: str
+    nodes: NodeKeeper | None  # sees to what compute nodes do
 
 
 async def serve(settings: Settings) -> None:
@@ -102,90 +97,29 @@ async def serve(settings: Settings) -> None:
     logs.logger().info("agent_stopped")
 
 
-def executor_for(settings: Settings, data_dir: Path | None = None) -> Executor:
-    """Return the executor that the settings name; with a data directory, for the agent that holds it."""
-    uid, _, gid = settings.agent.container_user.partition(":")
-    user = User(int(uid), int(gid))
-    if settings.agent.executor == "slurm":
-        return SlurmExecutor(_slurm(settings.agent, user))
-    temporary = None if data_dir is None else data_dir / "checks"
-    return LocalExecutor(LocalSettings(container_user=user, temporary=temporary))
-
-
-def _slurm(given: AgentSettings, user: User) -> SlurmSettings:
-    """Return how runs are submitted.
-
-    Raises:
-        ConfigurationError: the preamble cannot be read.
-    """
-    preamble = ""
-    if given.slurm_preamble is not None:
-        try:
-            preamble = given.slurm_preamble.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or "it is not text"
-            raise ConfigurationError(f"AGENT_SLURM_PREAMBLE: {given.slurm_preamble}: {why}") from None
-    site = Site(given.slurm_partition, given.slurm_account, given.slurm_qos, given.slurm_arguments, preamble)
-    return SlurmSettings(
-        site=site,
-        python=given.slurm_python or sys.executable,
-        apptainer=given.slurm_apptainer,
-        container_user=user,
-        silence_seconds=given.slurm_silence_seconds,
-    )
-
-
 @asynccontextmanager
 async def _open(settings: Settings) -> AsyncIterator[_Agent]:
-    data_dir = _data_dir(settings)
+    data_dir = made_data_dir(settings)
     admin_token = _admin_token(settings)
     async with AsyncExitStack() as stack:
-        stack.enter_context(_alone(data_dir))
+        stack.enter_context(alone(data_dir))
         remove_unfinished(data_dir)
-        database: Database = await stack.enter_async_context(connect(settings.agent))
-        await database.check()
-        store = Circuit(OBJECT_STORE, StorageUnavailable)
-        ovation = await stack.enter_async_context(
-            Ovation.open(settings.ovation, circuit=Circuit(OVATION, OvationUnavailable))
-        )
-        given = settings.agent
-        traffic = Traffic(given.max_connections, given.max_job_connections, given.max_bytes_per_second)
-        lanes = Lanes(given.max_connections)
-        stack.callback(lanes.close)
-        downloader = await stack.enter_async_context(
-            Downloader(
-                given.remote_hosts,
-                remote_max_bytes=given.remote_max_bytes,
-                circuit=store,
-                traffic=traffic,
-                lanes=lanes,
-            )
-        )
-        uploader = await stack.enter_async_context(Uploader(settings.aws, circuit=store, traffic=traffic, lanes=lanes))
-        context = Context(
-            settings=settings.agent,
-            jobs=Jobs(database),
-            outputs=Outputs(database),
-            ovation=ovation,
-            downloader=downloader,
-            uploader=uploader,
-            executor=executor_for(settings, data_dir),
-            room=Room(data_dir / "jobs", settings.agent.min_free_bytes),
-            cache=Cache(given.cache_directory, given.cache_max_bytes),
-        )
-        place = _place(data_dir)  # nobody else's: the data directory is locked
+        parties = await stack.enter_async_context(open_parties(settings))
+        database, ovation = parties.database, parties.ovation
+        context = context_of(settings, parties, executor_for(settings, data_dir), data_dir)
+        place = place_of(data_dir)  # nobody else's: the data directory is locked
         await context.jobs.expire_leases(place)
         beats = Beats()
         worker = Worker(context, place, beat=beats.of("worker"))
         context.metrics.watch(
-            bytes_moved=lambda: traffic.moved,
-            away={OVATION: lambda: ovation.away, OBJECT_STORE: lambda: store.away},
+            bytes_moved=lambda: parties.traffic.moved,
+            away={OVATION: lambda: ovation.away, OBJECT_STORE: lambda: parties.store.away},
             loop_ages=beats.ages,
             held=lambda: worker.held,
             disk_free=lambda: shutil.disk_usage(data_dir).free,
         )
         ovation.on_back(partial(worker.party_back, OVATION))
-        store.on_back(partial(worker.party_back, OBJECT_STORE))
+        parties.store.on_back(partial(worker.party_back, OBJECT_STORE))
         watch_list = WatchList(database)
         evaluator = Evaluator(settings, watch_list, ovation, place, on_job=worker.wake, beat=beats.of("evaluator"))
         walks = Reconciliations(database)
@@ -218,7 +152,17 @@ async def _open(settings: Settings) -> AsyncIterator[_Agent]:
             metrics=context.metrics,
             beats=beats,
         )
-        yield _Agent(services, worker, evaluator, reconciler, context, place)
+        nodes = None
+        if isinstance(context.executor, SlurmExecutor):
+            nodes = NodeKeeper(
+                context,
+                NodeRuns(database, place),
+                NodePrograms(slurm_settings(settings), client=context.executor.client),
+                partial(orders_for, settings),
+                on_job=worker.wake,
+                beat=beats.of("nodes"),
+            )
+        yield _Agent(services, worker, evaluator, reconciler, context, place, nodes)
 
 
 async def _check(agent: _Agent, settings: Settings) -> None:
@@ -262,7 +206,7 @@ async def _listen(services: Services, settings: Settings) -> AsyncIterator[str]:
             ) from None
         port = runner.addresses[0][1]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        _write_private(settings.agent.address_file, json.dumps({"address": address, "pid": os.getpid()}))
+        write_private(settings.agent.address_file, json.dumps({"address": address, "pid": os.getpid()}))
         yield address
     finally:
         settings.agent.address_file.unlink(missing_ok=True)
@@ -284,6 +228,8 @@ async def _run(agent: _Agent, settings: Settings, stop: _Stop) -> None:
             answer_questions(agent.services.log_questions, agent.services.data_dir), name="answers about logs"
         ),
     ]
+    if agent.nodes is not None:
+        others.append(asyncio.create_task(agent.nodes.run(), name="nodes"))
     stopping = asyncio.create_task(stop.asked.wait(), name="stop")
     try:
         await asyncio.wait({worker, *others, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -338,44 +284,6 @@ def _stop_on_signals() -> _Stop:
     return stop
 
 
-def _place(data_dir: Path) -> str:
-    """Return what names this data directory, wherever it is mounted; made once."""
-    file = data_dir / "place"
-    try:
-        return str(uuid.UUID(file.read_text().strip()))
-    except FileNotFoundError:
-        place = str(uuid.uuid4())
-        _write_private(file, f"{place}\n")
-        return place
-    except ValueError:
-        raise ConfigurationError(
-            f"{file} does not name this data directory: if no run is under way there, remove it"
-        ) from None
-
-
-def _data_dir(settings: Settings) -> Path:
-    data_dir = Path(settings.agent.data_dir).absolute()
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        (data_dir / "jobs").mkdir(exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise ConfigurationError(f"AGENT_DATA_DIR: {data_dir} cannot be used: {error.strerror}") from None
-    return data_dir
-
-
-@contextlib.contextmanager
-def _alone(data_dir: Path) -> Iterator[None]:
-    """Hold the data directory: two agents on one would take each other's work for their own."""
-    with (data_dir / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigurationError(
-                f"another agent runs on {data_dir}: stop it, or give this one an AGENT_DATA_DIR of its own"
-            ) from None
-        yield
-
-
 def _admin_token(settings: Settings) -> str:
     if settings.agent.admin_token is not None:
         return settings.agent.admin_token.get_secret_value()
@@ -384,10 +292,6 @@ def _admin_token(settings: Settings) -> str:
         token = path.read_text().strip()
     except FileNotFoundError:
         token = secrets.token_urlsafe(32)
-        _write_private(path, token)
+        write_private(path, token)
     logs.hide([token])
     return token
-
-
-def _write_private(path: Path, content: str) -> None:
-    write_whole(path, content.encode(), 0o600)

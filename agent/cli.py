@@ -59,6 +59,15 @@ def serve(config: Path | None) -> None:
     run(app.serve(load_settings(config, log=True)))
 
 
+@main.command(hidden=True)
+@click.argument("directory", type=click.Path(path_type=Path))
+def node(directory: Path) -> None:
+    """Do on a compute node what the orders in DIRECTORY say. Batch jobs run this; nobody else has a use for it."""
+    from agent.node import work
+
+    sys.exit(run(work(directory)))
+
+
 @main.command(short_help="Do the main job here, with a stand-in for Ovation.")
 @click.option("--keep", is_flag=True, help="Leave everything up afterwards, until Ctrl-C.")
 @click.option("--outputs", type=click.Path(path_type=Path, file_okay=False), default="demo-outputs", show_default=True)
@@ -92,15 +101,15 @@ def migrate(config: Path | None) -> None:
 @click.pass_obj
 def doctor(config: Path | None) -> None:
     """Check the machine and the settings; each trouble comes with its remedy."""
-    from agent import app
     from agent.doctor import examine
     from agent.logs import printable, redact
+    from agent.parties import executor_for
 
     settings = load_settings(config)
 
     async def work() -> bool:
         good = True
-        async for finding in examine(settings, app.executor_for(settings)):
+        async for finding in examine(settings, executor_for(settings)):
             good &= finding.good
             mark = click.style("ok  ", fg="green") if finding.good else click.style("FAIL", fg="red", bold=True)
             click.echo(f"{mark} {finding.check}: {printable(redact(finding.found))}")

@@ -131,7 +131,11 @@ class Metrics:
         if isinstance(outcome, Outage):
             self._outages.labels(outcome.party if outcome.party in PARTIES else _OTHER).inc()
         if move.state in TERMINAL and move.verdict is not None:
-            self._runs.labels(str(move.verdict), str(move.fault.cls) if move.fault else _NO_FAULT).inc()
+            self.ended(str(move.verdict), str(move.fault.cls) if move.fault else None)
+
+    def ended(self, verdict: str, fault_class: str | None) -> None:
+        """Count a run that has ended."""
+        self._runs.labels(verdict, fault_class or _NO_FAULT).inc()
 
     def watch(
         self,

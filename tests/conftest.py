@@ -36,7 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     ):  # a shell's background command; programs under test inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if config.option.basetemp is None:
+    # A worker's below the session's would be too long a path for PostgreSQL's socket.
+    if config.option.basetemp is None or hasattr(config, "workerinput"):
         config.option.basetemp = tempfile.mkdtemp(prefix="ovation-tests-")
         config.add_cleanup(lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True))
     if not os.environ.get("CHAOS_SEED"):  # chosen once, for all processes that tests run in

@@ -38,13 +38,15 @@ class LocalSettings:
     `container_user` is whom they run as when the agent is root; otherwise they run as the agent's own user.
     `grace_seconds` is what a container gets between SIGTERM and SIGKILL, `kill_seconds` what its end may then take.
     `temporary` is a directory of this process's alone for what is thrown away at once: `check` empties it, for a
-    process that was killed leaves things there.
+    process that was killed leaves things there. `in_batch`: this is a batch job, whose system tells every one of its
+    processes to end, the container before whoever watches over it.
     """
 
     container_user: User = NOBODY
     grace_seconds: float = 10.0
     kill_seconds: float = 5.0
     temporary: Path | None = None
+    in_batch: bool = False
 
 
 class LocalExecutor:
@@ -206,9 +208,10 @@ class LocalExecutor:
         unsquash = os.geteuid() != 0 and not apptainer.fuse_is_usable()
         grace, kill = self._settings.grace_seconds, self._settings.kill_seconds
         limits = self._cannot == ""
-        return specification(
+        spec = specification(
             request, str(program), self.user, grace, kill, unsquash=unsquash, extra=extra, limits=limits
         )
+        return spec | {"in_batch": self._settings.in_batch}
 
     async def _launch(self, request: RunRequest, program: Path, extra: Sequence[str] = ()) -> int:
         try:

@@ -338,7 +338,8 @@ class Run:
     def _write_exit(self, code: int, usage: resource.struct_rusage, wall_seconds: float) -> None:
         exit_code = self.exit_code = code if code >= 0 else 128 - code
         # Slurm tells every process of a job to end, and this one may hear of it last.
-        may_hear = self.in_place and self.stopping is None and exit_code == _TERMINATED
+        in_batch = self.in_place or self.spec.get("in_batch", False)
+        may_hear = in_batch and self.stopping is None and exit_code == _TERMINATED
         if may_hear and signal.sigtimedwait(_STOPPING, _HEARS_SECONDS) is not None:
             self.reason = self.reason or "lost"
         ending = (self.reason or "exited") if self.stopping else "exited"
@@ -368,9 +369,10 @@ class Run:
     def _tidy(self) -> None:
         # After the exit record, so that a crash in here costs nothing; while the lock is held the run counts as
         # running, so that whoever sees its end finds nothing of it left.
-        for member in self._orphans():
-            send(member, signal.SIGKILL)
-            os.waitpid(member, 0)
+        while orphans := self._orphans():  # what one of them had started comes to be an orphan by its end
+            for member in orphans:
+                send(member, signal.SIGKILL)
+                os.waitpid(member, 0)
         for name in self.spec["remove"]:
             remove_tree(f"{self.directory}/{name}")
 
@@ -403,7 +405,9 @@ class Run:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             argv = self.spec["argv"]
-            os.execve(self._program(argv[0]), argv, self.spec["environment"])  # noqa: S606 no shell is what is wanted
+            given = self.spec["environment"]  # nothing: that of the batch job
+            environment = os.environ if given is None else given
+            os.execve(self._program(argv[0]), argv, environment)  # noqa: S606 no shell is what is wanted
         except BaseException as error:  # noqa: BLE001 a forked child must not go on as its parent
             os.write(2, f"FATAL:   the container could not be started: {error}\n".encode(errors="replace"))
         os._exit(255)

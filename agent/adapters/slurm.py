@@ -68,9 +68,15 @@ class _Seen:
 class SlurmExecutor:
     """Run containers on a Slurm cluster; see `agent.adapters.executor.Executor`."""
 
-    def __init__(self, settings: SlurmSettings | None = None, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        settings: SlurmSettings | None = None,
+        environment: Mapping[str, str] | None = None,
+        *,
+        client: SlurmClient | None = None,
+    ) -> None:
         self._settings = settings or SlurmSettings()
-        self.client = SlurmClient(environment, tick_seconds=self._settings.tick_seconds)
+        self.client = client or SlurmClient(environment, tick_seconds=self._settings.tick_seconds)
         self._seen: dict[str, _Seen] = {}
         self._cancelled_at: dict[str, float] = {}
         self._ends = Appearing(runner.EXIT, _POLL_SECONDS)
@@ -286,6 +292,10 @@ class SlurmExecutor:
         grace, kill = self._settings.grace_seconds, self._settings.kill_seconds
         unsquash = os.geteuid() != 0 and not apptainer.fuse_is_usable()
         prepare(request, specification(request, program, self.user, grace, kill, unsquash=unsquash), self.user)
+        self._bring_runner(request)
+
+    def _bring_runner(self, request: RunRequest) -> None:
+        """Put beside what is to be run the program that does it, and the intent, durable before it is submitted."""
         shutil.copyfile(runner.__file__, request.directory / _PROGRAM)
         runner.write_json(str(request.directory), SUBMITTING, {"at": time.time(), "party": PARTY})
 

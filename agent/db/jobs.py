@@ -55,10 +55,16 @@ class OnDisk:
 
 
 class Jobs:
-    """The table of jobs."""
+    """The table of jobs.
 
-    def __init__(self, database: Database) -> None:
+    Args:
+        database: where it is.
+        bound: claim only what is at the given place: as a batch job does, which has come for one job.
+    """
+
+    def __init__(self, database: Database, *, bound: bool = False) -> None:
         self._database = database
+        self._bound = bound
         self._moves = Moves(database)
 
     async def get(self, job_id: str) -> Job | None:
@@ -151,6 +157,7 @@ class Jobs:
                 suspects_from=suspects_from,
                 gone=AGENT_GONE,
                 lost=MACHINE_LOST,
+                bound=self._bound,
             )
         return [Claim(job_from(row), row["lease_token"]) for row in rows]
 
@@ -182,13 +189,16 @@ class Jobs:
                 suspects_from=suspects_from,
                 gone=AGENT_GONE,
                 lost=MACHINE_LOST,
+                bound=self._bound,
             )
         return [Claim(job_from(row), row["lease_token"]) for row in rows]
 
     async def suspects(self, place: str, suspects_from: int) -> int:
         """Return how many jobs are due here whose work has ended the process that often."""
         async with self._database.queries() as queries:
-            count: int = await queries.value("count_suspects", place=place, suspects_from=suspects_from)
+            count: int = await queries.value(
+                "count_suspects", place=place, suspects_from=suspects_from, bound=self._bound
+            )
         return count
 
     async def expire_leases(self, holder: str) -> None:
@@ -305,7 +315,7 @@ class Jobs:
     async def seconds_to_next(self, place: str, most: float) -> float:
         """Return how long to sleep until the next job falls due here, `most` seconds at the longest."""
         async with self._database.queries() as queries:
-            seconds: float | None = await queries.value("next_job_due", place=place)
+            seconds: float | None = await queries.value("next_job_due", place=place, bound=self._bound)
         return most if seconds is None else min(most, seconds)
 
     async def cancel(self, job_id: str) -> bool:

@@ -122,6 +122,7 @@ def _document(
         "waiting_for": move.waiting_for,
         "waiting_party": move.waiting_party,
         "elsewhere": move.elsewhere,
+        "place": move.place,
         "verdict": move.verdict,
         "fault_class": move.fault.cls if move.fault else None,
         "fault_message": move.fault.message if move.fault else None,

@@ -166,7 +166,8 @@ SELECT * FROM jobs WHERE activity_id = :activity_id AND finished_at IS NULL;
 
 -- name: claim_jobs
 -- Take due jobs whose files are here or nowhere yet, longest due first, and raise each one's fence.
--- So many of each group of states.
+-- So many of each group of states. One that is bound to its place takes no others. What a batch job works at on a
+-- compute node is for the agent that sees to it to take back.
 -- From an agent that is gone, what it was to stage is taken over, and what somebody wants to end. One that has stopped
 -- may be on its way back: only what it was to stage is taken over at once, the rest when it stays away.
 -- Suspects, whose work has ended the process more than once, are taken by themselves, the worst first.
@@ -176,10 +177,12 @@ WITH due AS MATERIALIZED (
         SELECT id FROM jobs
         WHERE finished_at IS NULL AND state = ANY(wanted.states) AND due_at <= now()
             AND lease_until IS NULL AND (suspicion >= :suspects_from) = :alone
-            AND (place = :place OR place IS NULL OR ((state = 'staging' OR cancel_requested) AND NOT EXISTS (
-                SELECT 1 FROM agents a WHERE a.place = jobs.place
-                    AND a.seen_at > now() - CASE WHEN state = 'staging' THEN :gone::interval ELSE :lost::interval END
-                    AND (a.stopped_at IS NULL OR state <> 'staging'))))
+            AND (place = :place OR (NOT :bound AND (
+                place IS NULL OR ((state = 'staging' OR cancel_requested) AND NOT EXISTS (
+                    SELECT 1 FROM agents a WHERE a.place = jobs.place
+                        AND a.seen_at > now() - CASE WHEN state = 'staging' THEN :gone::interval ELSE :lost::interval END
+                        AND (a.stopped_at IS NULL OR state <> 'staging'))
+                    AND NOT EXISTS (SELECT 1 FROM node_runs n WHERE n.place = jobs.place)))))
         ORDER BY suspicion DESC, due_at LIMIT wanted.most FOR UPDATE SKIP LOCKED) job)
 UPDATE jobs SET
     lease_token = lease_token + 1, lease_until = now() + :lease, lease_holder = :place, place = :place, alone = :alone
@@ -188,7 +191,8 @@ RETURNING *, extract(epoch FROM now() - waiting_since)::float8 AS waiting_second
 
 -- name: claim_queued
 -- Let queued jobs in, each Project in turn, so that one's thousand do not starve another's one. Nothing is let in while
--- as many as `ahead` are being staged here or wait to be launched: what waits on the disk helps nobody.
+-- as many as `ahead` are being staged here or wait to be launched: what waits on the disk helps nobody. Nor are there
+-- more than that with compute nodes.
 WITH RECURSIVE projects AS (
     SELECT min(project_id) AS project_id FROM jobs WHERE state = 'queued'
     UNION ALL
@@ -201,6 +205,7 @@ ahead AS (
     SELECT count(*) AS jobs FROM jobs
     WHERE finished_at IS NULL AND state IN ('staging', 'launching') AND place = :place
         AND (lease_until IS NOT NULL OR due_at <= now())),
+handed_over AS (SELECT count(*) AS jobs FROM node_runs WHERE agent = :place),
 turns AS MATERIALIZED (
     SELECT first.id, first.due_at, first.turn + coalesce(busy.jobs, 0) AS turn
     FROM projects p
@@ -214,7 +219,8 @@ turns AS MATERIALIZED (
 let_in AS MATERIALIZED (
     SELECT j.id FROM jobs j JOIN turns t ON t.id = j.id
     WHERE j.id = ANY(ARRAY(SELECT id FROM turns)) AND j.state = 'queued' AND j.lease_until IS NULL
-    ORDER BY t.turn, t.due_at LIMIT greatest(0, least(:most, :ahead - (SELECT jobs FROM ahead)))
+    ORDER BY t.turn, t.due_at LIMIT greatest(0, least(
+        :most, :ahead - (SELECT jobs FROM ahead) - (SELECT jobs FROM handed_over)))
     FOR UPDATE OF j SKIP LOCKED)
 UPDATE jobs SET
     lease_token = lease_token + 1, lease_until = now() + :lease, lease_holder = :place, place = :place, alone = false
@@ -225,7 +231,7 @@ RETURNING *, extract(epoch FROM now() - waiting_since)::float8 AS waiting_second
 -- How many jobs are due here whose work has ended the process more than once.
 SELECT count(*) FROM jobs
 WHERE finished_at IS NULL AND suspicion >= :suspects_from AND due_at <= now() AND lease_until IS NULL
-    AND (place = :place OR place IS NULL);
+    AND (place = :place OR (place IS NULL AND NOT :bound));
 
 -- name: expire_leases!
 -- An agent starts: the leases of the one that ran on its data directory before it end now. In the order of their ids:
@@ -286,11 +292,12 @@ WHERE id = :id AND lease_token = :lease_token AND lease_until IS NOT NULL;
 WITH moves AS (
     SELECT * FROM jsonb_to_recordset(:moves::jsonb) AS m (
         id uuid, lease_token bigint, from_state text, state text, wait float8, attempt integer, launch integer,
-        waiting_for text, waiting_party text, elsewhere boolean, verdict text, fault_class text, fault_message text,
+        waiting_for text, waiting_party text, elsewhere boolean, place text, verdict text, fault_class text, fault_message text,
         exit_code integer, native_id text, started_at timestamptz, terminal boolean, keep float8, note text,
         done jsonb, resources jsonb)),
 before AS (
-    SELECT id, j.state, j.attempt, j.launch, coalesce(j.waiting_party, split_part(j.waiting_for, ',', 1)) AS waits
+    SELECT id, j.state, j.attempt, j.launch, j.lease_holder AS holder,
+        coalesce(j.waiting_party, split_part(j.waiting_for, ',', 1)) AS waits
     FROM jobs j JOIN moves USING (id) WHERE id = ANY(ARRAY(SELECT m.id FROM moves m)) ORDER BY id FOR UPDATE OF j),
 moved AS (
     UPDATE jobs j SET
@@ -302,7 +309,7 @@ moved AS (
         native_id = m.native_id, started_at = m.started_at,
         lease_until = now() + m.keep * interval '1 second', alone = false, suspicion = 0,
         lease_holder = CASE WHEN m.keep IS NOT NULL THEN lease_holder END,
-        place = CASE WHEN m.elsewhere THEN NULL ELSE j.place END,
+        place = CASE WHEN m.elsewhere THEN NULL ELSE coalesce(m.place, j.place) END,
         waiting_for = m.waiting_for, waiting_party = m.waiting_party,
         waiting_since = CASE WHEN m.waiting_for IS NOT NULL THEN
             CASE WHEN j.state = m.state THEN coalesce(waiting_since, now()) ELSE now() END END,
@@ -313,7 +320,9 @@ moved AS (
     WHERE j.id = ANY(ARRAY(SELECT b.id FROM before b)) AND j.id = m.id
         AND j.lease_token = m.lease_token AND j.state = m.from_state AND j.lease_until IS NOT NULL
     RETURNING j.id, j.state, j.attempt, j.launch, j.waiting_for, m.note, m.done, cancel_requested, folder_id,
-        due_at, lease_until, coalesce(j.waiting_party, split_part(j.waiting_for, ',', 1)) AS waits),
+        m.place AS node, before.holder, due_at, lease_until, coalesce(j.waiting_party, split_part(j.waiting_for, ',', 1)) AS waits),
+handed_over AS (
+    INSERT INTO node_runs (place, job_id, agent) SELECT node, id, holder FROM moved WHERE node IS NOT NULL),
 told AS (
     INSERT INTO job_events (job_id, state, attempt, note, done)
     SELECT id, m.state, m.attempt, coalesce(m.waiting_for, m.note), m.done FROM moved m JOIN before b USING (id)
@@ -385,7 +394,8 @@ SELECT * FROM job_events WHERE job_id = :job_id AND id > :after ORDER BY id;
 -- name: next_job_due$
 -- Seconds until the next job falls due here. One that is due already waits for a free place, not for time.
 SELECT extract(epoch FROM min(due_at) - now())::float8 FROM jobs
-WHERE finished_at IS NULL AND lease_until IS NULL AND due_at > now() AND (place = :place OR place IS NULL);
+WHERE finished_at IS NULL AND lease_until IS NULL AND due_at > now()
+    AND (place = :place OR (place IS NULL AND NOT :bound));
 
 -- name: next_look_due$
 -- Seconds until the next entity is to be looked at.
@@ -417,7 +427,9 @@ UPDATE agents SET seen_at = now(), stopped_at = now() WHERE place = :place;
 
 -- name: jobs_on_disk
 -- What the sweep asks of the jobs that have a directory on its disk.
-SELECT id, state, place, extract(epoch FROM now() - finished_at)::float8 AS ended_seconds FROM jobs WHERE id = ANY(:ids);
+-- What a compute node works at is on the disk of the agent that sees to it, as far as it is on record there.
+SELECT id, state, coalesce((SELECT agent FROM node_runs n WHERE n.place = jobs.place), place)
+    AS place, extract(epoch FROM now() - finished_at)::float8 AS ended_seconds FROM jobs WHERE id = ANY(:ids);
 
 -- name: looks_waiting_due$
 -- Ovation is back: what it was away for when it was looked at is due now. In the order of their ids, as everybody writes.
@@ -434,10 +446,11 @@ WHERE id IN (
     SELECT id FROM jobs
     WHERE cancel_requested AND finished_at IS NULL AND state IN ('queued', 'staging', 'launching')
         AND due_at <= now() AND lease_until IS NULL AND suspicion < :suspects_from
-        AND (place = :place OR place IS NULL OR NOT EXISTS (
+        AND (place = :place OR (NOT :bound AND (place IS NULL OR (NOT EXISTS (
             SELECT 1 FROM agents a WHERE a.place = jobs.place
                 AND a.seen_at > now() - CASE WHEN state = 'launching' THEN :lost::interval ELSE :gone::interval END
-                AND (a.stopped_at IS NULL OR state = 'launching')))
+                AND (a.stopped_at IS NULL OR state = 'launching'))
+            AND NOT EXISTS (SELECT 1 FROM node_runs n WHERE n.place = jobs.place)))))
     ORDER BY due_at LIMIT :most FOR UPDATE SKIP LOCKED)
 RETURNING *, extract(epoch FROM now() - waiting_since)::float8 AS waiting_seconds;
 
@@ -458,7 +471,8 @@ SELECT
     (SELECT coalesce(extract(epoch FROM now() - min(due_at)), 0)::float8 FROM jobs
         WHERE finished_at IS NULL AND state = 'running' AND place = :place AND lease_until IS NULL
             AND due_at <= now()) AS unwatched,
-    (SELECT count(*) FROM agents WHERE stopped_at IS NULL AND seen_at > now() - :gone::interval) AS agents;
+    (SELECT count(*) FROM agents WHERE stopped_at IS NULL AND seen_at > now() - :gone::interval
+        AND place NOT IN (SELECT place FROM node_runs)) AS agents;
 
 -- name: waiting_activities
 -- Activities that were judged and not run since they changed, the last one first.
@@ -505,3 +519,45 @@ UPDATE log_questions SET answered_at = now(), begins = :begins, content = :conte
 -- name: fetch_log_answer^
 -- Take an answer, once it is there.
 DELETE FROM log_questions WHERE id = :id AND answered_at IS NOT NULL RETURNING begins, content;
+
+-- name: adopt_node_runs!
+-- Batch jobs on compute nodes whose agent is gone are seen to by this one, which can reach the same cluster.
+UPDATE node_runs n SET agent = :agent
+WHERE agent <> :agent AND NOT EXISTS (
+    SELECT 1 FROM agents a WHERE a.place = n.agent AND a.seen_at > now() - :gone::interval);
+
+-- name: node_runs
+-- What this agent has handed over to compute nodes, and how the jobs stand.
+SELECT n.place, n.job_id, n.directory, j.launch, j.resources, j.cancel_requested, j.lease_until IS NOT NULL AS held,
+    CASE WHEN j.finished_at IS NOT NULL AND j.place = n.place THEN j.verdict END AS verdict, j.fault_class,
+    j.finished_at IS NOT NULL OR j.place IS DISTINCT FROM n.place AS over
+FROM node_runs n JOIN jobs j ON j.id = n.job_id WHERE n.agent = :agent ORDER BY n.made_at;
+
+-- name: place_node_run$
+-- Where a batch job's own files are, once and for all.
+UPDATE node_runs SET directory = coalesce(directory, :directory) WHERE place = :place RETURNING directory;
+
+-- name: node_run_waits!
+-- What a batch job waits for before it begins.
+UPDATE jobs SET waiting_for = :waiting_for
+WHERE id = :id AND place = :place AND state = 'staging' AND lease_until IS NULL AND waiting_for IS DISTINCT FROM :waiting_for;
+
+-- name: take_from_node^
+-- Take a job back from a compute node that works at it no more.
+UPDATE jobs SET
+    lease_token = lease_token + 1, lease_until = now() + :lease, lease_holder = :agent, alone = false
+WHERE id = :id AND place = :place AND finished_at IS NULL AND lease_until IS NULL
+RETURNING *, extract(epoch FROM now() - waiting_since)::float8 AS waiting_seconds;
+
+-- name: close_node_run$
+-- A batch job is over, and nothing of it is left. What is kept of its run is on the disk of the agent that saw to it.
+WITH closed AS (DELETE FROM node_runs WHERE place = :place RETURNING place),
+forgotten AS (DELETE FROM agents WHERE place = :place),
+here AS (UPDATE jobs SET place = :agent WHERE id = :id AND place = :place AND finished_at IS NOT NULL)
+SELECT count(*) FROM closed;
+
+-- name: node_run_goes_on$
+-- Whether the job is still this batch job's to work at.
+SELECT EXISTS (
+    SELECT 1 FROM node_runs n JOIN jobs j ON j.id = n.job_id
+    WHERE n.place = :place AND j.place = n.place AND j.finished_at IS NULL);

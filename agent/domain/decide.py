@@ -11,9 +11,11 @@ from agent.domain.job import (
     Failed,
     Fault,
     FaultClass,
+    HandedOver,
     Job,
     Lost,
     Move,
+    NodeOver,
     NotYet,
     Outage,
     Outcome,
@@ -55,7 +57,9 @@ _END = {
 }
 
 
-def decide(job: Job, outcome: Outcome, limits: Limits, jitter: float = 1.0) -> Move:
+def decide(  # noqa: PLR0911 one for each outcome
+    job: Job, outcome: Outcome, limits: Limits, jitter: float = 1.0
+) -> Move:
     """Return the move that `outcome` of the job's current step leads to.
 
     `jitter` in 0…1 scales the backoff (full jitter: the caller draws it).
@@ -84,6 +88,11 @@ def decide(job: Job, outcome: Outcome, limits: Limits, jitter: float = 1.0) -> M
             return _failed(job, outcome, limits, jitter)
         case Lost():
             return _lost(job, outcome, limits)
+        case HandedOver():
+            stays = _stay(job, 0, job.attempt, outcome.waiting_for)
+            return replace(stays, place=outcome.place, resources=outcome.resources)
+        case NodeOver():
+            return replace(_node_over(job, outcome, limits), elsewhere=True)
         case SetAside():
             return _set_aside(job, outcome)
 
@@ -172,6 +181,33 @@ def _lost(job: Job, lost: Lost, limits: Limits) -> Move:
         native_id=None,
         started_at=None,
     )
+
+
+def _node_over(job: Job, over: NodeOver, limits: Limits) -> Move:
+    """Begin anew with another batch job as often as the limits say, while nothing of the run has been delivered.
+
+    Where outputs were still to be delivered they are lost, and the run has not succeeded. What is left to do, the logs
+    that were saved and the word to people, needs nothing of the node.
+    """
+    if job.state is State.REPORTING:
+        return _stay(job, 0, job.attempt, over.fault.message)
+    if job.state is State.COLLECTING:
+        stood = Verdict.FAILED if job.verdict is Verdict.SUCCEEDED else job.verdict
+        return replace(_stay(job, 0, 0, over.fault.message), verdict=stood, fault=job.fault or over.fault)
+    verdict = Verdict.CANCELLED if job.cancel_requested else over.verdict
+    if verdict is Verdict.FAILED and over.again and job.launch <= limits.node_retries:
+        again = _end_before_delivery(job, over.fault)
+        return replace(
+            again,
+            state=State.STAGING,
+            launch=job.launch + 1,
+            verdict=None,
+            fault=None,
+            native_id=None,
+            started_at=None,
+        )
+    fault = None if verdict is Verdict.CANCELLED else over.fault
+    return replace(_end_before_delivery(job, over.fault), verdict=verdict, fault=job.fault or fault)
 
 
 def _set_aside(job: Job, aside: SetAside) -> Move:

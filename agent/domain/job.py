@@ -37,7 +37,7 @@ TRANSITIONS: Mapping[State, frozenset[State]] = MappingProxyType(
     {
         State.QUEUED: frozenset({State.STAGING, State.COLLECTING}),
         State.STAGING: frozenset({State.LAUNCHING, State.COLLECTING}),
-        State.LAUNCHING: frozenset({State.RUNNING, State.COLLECTING}),
+        State.LAUNCHING: frozenset({State.RUNNING, State.COLLECTING, State.STAGING}),
         State.RUNNING: frozenset({State.COLLECTING, State.STAGING}),
         State.COLLECTING: frozenset({State.REPORTING}),
         State.REPORTING: frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED}),
@@ -186,13 +186,34 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
+class HandedOver:
+    """A batch job is to do the rest on a compute node. `place` names the directory that it will have there."""
+
+    place: str
+    waiting_for: str
+    resources: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOver:
+    """The batch job that worked at a job on a compute node is over, and the job is not. What was there is lost.
+
+    `again`: the node's doing, so that it may be done again elsewhere.
+    """
+
+    fault: Fault
+    verdict: Verdict
+    again: bool
+
+
+@dataclass(frozen=True, slots=True)
 class SetAside:
     """The step keeps ending the agent's process: it is not tried again, so that the other jobs go on."""
 
     fault: Fault
 
 
-Outcome = Done | NotYet | Outage | Failed | Lost | SetAside
+Outcome = Done | NotYet | Outage | Failed | Lost | HandedOver | NodeOver | SetAside
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,4 +235,5 @@ class Move:
     waiting_for: str | None
     waiting_party: str | None = None
     elsewhere: bool = False  # any agent may go on with it
+    place: str | None = None  # the directory on a compute node whose worker goes on with it
     resources: Mapping[str, object] | None = None  # what is added to the job's

@@ -26,7 +26,7 @@ from agent.settings import AgentSettings
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The parties that steps work with."""
+    """The parties that steps work with. `hands_over`: compute nodes stage, run and collect."""
 
     settings: AgentSettings
     jobs: Jobs
@@ -38,6 +38,7 @@ class Context:
     room: Room
     cache: Cache
     metrics: Metrics = field(default_factory=Metrics)
+    hands_over: bool = False
 
     def layout(self, job: Job) -> Layout:
         """Return where the job's files are."""

@@ -9,8 +9,8 @@ from weakref import WeakKeyDictionary
 
 from agent.adapters.executor import Executor, ImageFacts, NotStarted
 from agent.db.jobs import Claim
-from agent.domain.job import Done, Failed, Fault, FaultClass, Outcome, Verdict
-from agent.domain.resources import grant
+from agent.domain.job import Done, Failed, Fault, FaultClass, Job, Outcome, Verdict
+from agent.domain.resources import Granted, grant
 from agent.errors import ImageError
 from agent.pipeline.context import Context, Control
 from agent.pipeline.provenance import keep_image_facts
@@ -27,21 +27,28 @@ async def launch(context: Context, claim: Claim, control: Control) -> Outcome:
     if isinstance(await context.executor.status(request), NotStarted):
         if control.cancelled.is_set():
             return Done(verdict=Verdict.CANCELLED)
-        try:
-            facts = await _facts(context.executor, request.image)
-        except ImageError as error:
-            return Failed(Fault(FaultClass.IMAGE, f"{claim.job.plan.image.name}: {error}"), final=True)
+        granted = await grant_to(context, claim.job)
+        if isinstance(granted, Failed):
+            return granted
         if control.cancelled.is_set():
             return Done(verdict=Verdict.CANCELLED)
-        granted = grant(facts.labels, claim.job.plan.wishes, context.settings.given, context.settings.most)
-        cannot = await context.executor.cannot_keep(granted.given)
-        granted = replace(granted, notes=(*granted.notes, *cannot))
         resources = granted.document()
-        await asyncio.to_thread(keep_image_facts, Path(context.layout(claim.job).root), facts)
         request = context.run_request(replace(claim.job, resources=resources))
     status = await context.executor.start(request)
     native_id = getattr(status, "native_id", None)
     return Done(native_id=native_id, started_at=status.started_at, resources=resources)
+
+
+async def grant_to(context: Context, job: Job) -> Granted | Failed:
+    """Return what a run is given, once its image has been looked at; or why that cannot run."""
+    try:
+        facts = await _facts(context.executor, context.run_request(job).image)
+    except ImageError as error:
+        return Failed(Fault(FaultClass.IMAGE, f"{job.plan.image.name}: {error}"), final=True)
+    granted = grant(facts.labels, job.plan.wishes, context.settings.given, context.settings.most)
+    cannot = await context.executor.cannot_keep(granted.given)
+    await asyncio.to_thread(keep_image_facts, Path(context.layout(job).root), facts)
+    return replace(granted, notes=(*granted.notes, *cannot))
 
 
 async def _facts(executor: Executor, image: Path) -> ImageFacts:

@@ -21,6 +21,7 @@ from agent.errors import (
 from agent.logs import logger
 from agent.pipeline.collect import collect
 from agent.pipeline.context import Context, Control, Step
+from agent.pipeline.hand_over import hand_over
 from agent.pipeline.launch import launch
 from agent.pipeline.progress import Meter
 from agent.pipeline.report import report
@@ -147,7 +148,9 @@ async def _keep(
 async def _outcome(context: Context, claim: Claim, control: Control) -> Outcome:
     """Perform the step and turn what it raises into an outcome; here and nowhere else."""
     try:
-        return await STEPS[claim.job.state](context, claim, control)
+        hands_over = context.hands_over and claim.job.state is State.STAGING
+        step = hand_over if hands_over else STEPS[claim.job.state]
+        return await step(context, claim, control)
     except DatabaseError:
         raise
     except AgentError as error:

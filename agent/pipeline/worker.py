@@ -54,6 +54,7 @@ class Worker:
         *,
         lease_seconds: float = LEASE_SECONDS,
         beat: Callable[[], None] = lambda: None,
+        guest: bool = False,
     ) -> None:
         self._beat = beat
         self._context = context
@@ -64,13 +65,14 @@ class Worker:
         self._lost: list[Claim] = []  # dropped while PostgreSQL was away; given back when it returns
         self._wake = asyncio.Event()
         self._stopping = False
-        self._admits = True
+        self._admits = not guest
         self._seen_at = float("-inf")
         self._books_at = float("-inf")  # when the books are to be kept next, and what needs no place is claimed
         self._places = Places(context.settings)
         self._suspects = True  # there may be some: the process before this one may have been killed
         self._teller = Teller()
-        self._back = set(HAVE_CIRCUITS)  # what waits for these is to go on; they may have come back while no agent ran
+        # What waits for these is to go on: they may have come back while no agent ran.
+        self._back = set() if guest else set(HAVE_CIRCUITS)
         self._back_at: dict[str, float] = {}
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -163,6 +163,18 @@ class AgentSettings(_Group):
     container_user: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,9}:[1-9][0-9]{0,9}$")] = Field(
         "65534:65534", description="Numeric uid:gid that containers run as when the agent is root. Never 0."
     )
+    staging: Literal["host", "node"] = Field(
+        "host",
+        description="Where files are fetched and outputs delivered from, with Slurm: on this machine, to and from the"
+        " data directory; or by each batch job on its compute node, on that one's own disk.",
+    )
+    node_dir: Directory = Field(
+        Path("/tmp"),  # noqa: S108 a directory of the agent's own is made there
+        description='A directory on the compute nodes\' own disks, for `staging = "node"`.',
+    )
+    node_margin_seconds: SomeSeconds = Field(
+        3600, description="Time that a batch job is given beside the run's, to fetch and deliver on the node."
+    )
     slurm_partition: Text | None = Field(None, description="Slurm's partition. Unset: its default.")
     slurm_account: Text | None = Field(None, description="The account in Slurm. Unset: the user's default.")
     slurm_qos: Text | None = Field(None, description="The quality of service in Slurm. Unset: the default.")
@@ -226,6 +238,16 @@ class AgentSettings(_Group):
         """What a run is given at most."""
         time = self.max_time_limit_seconds or self.time_limit_seconds
         return Resources(self.max_cpus, self.max_memory_bytes, self.max_gpus, time)
+
+    @model_validator(mode="after")
+    def _nodes_are_reached(self) -> Self:
+        if self.staging == "node" and self.executor != "slurm":
+            raise ValueError("AGENT_STAGING is node, and only Slurm has nodes: set AGENT_EXECUTOR=slurm as well")
+        if self.staging == "node" and self.database_url is None:
+            raise ValueError(
+                "AGENT_STAGING is node, and compute nodes cannot reach the embedded database: set AGENT_DATABASE_URL"
+            )
+        return self
 
     @model_validator(mode="after")
     def _credentials_are_whole(self) -> Self:
@@ -305,6 +327,32 @@ class Settings(BaseSettings):
         except ValidationError as error:
             raise ConfigurationError(sources.explain(error, None if found is None else found.path)) from None
 
+    def document(self, left_out: Container[str] = ()) -> dict[str, dict[str, Any]]:
+        """Return what differs from the defaults, secrets in plain text; `of` reads it.
+
+        Args:
+            left_out: the settings that are for nobody else, by the environment's names.
+        """
+        return {
+            group: {
+                name: _plain(value)
+                for name, inner in model.model_fields.items()
+                if f"{group}_{name}".upper() not in left_out
+                and (value := getattr(getattr(self, group), name)) != inner.default
+            }
+            for group, model in groups().items()
+        }
+
+    @classmethod
+    def of(cls, document: dict[str, dict[str, Any]]) -> Settings:
+        """Return the settings that a document carries, whatever the environment says.
+
+        Raises:
+            ValidationError: it was not made by `document`.
+        """
+        read: dict[str, Any] = {group: model(**document.get(group, {})) for group, model in groups().items()}
+        return cls.model_construct(**read)
+
     def secrets(self) -> Iterator[str]:
         """Return every secret of the tree, for the log to leave out."""
         for group in (self.ovation, self.jwt, self.aws, self.agent):
@@ -313,6 +361,14 @@ class Settings(BaseSettings):
                 for each in value if isinstance(value, tuple) else (value,):
                     if isinstance(each, SecretStr):
                         yield each.get_secret_value()
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 class Variable(NamedTuple):

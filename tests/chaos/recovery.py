@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import pytest
 
@@ -38,13 +39,8 @@ def tell(item: pytest.Item) -> None:
 def print_table(reporter: pytest.TerminalReporter, seed: str) -> None:
     """Print how long it took to recover, against what is promised; nothing when nothing was measured."""
     reports = [each for reports in reporter.stats.values() for each in reports if isinstance(each, pytest.TestReport)]
-    found = [
-        Recovery(**dict(value))  # type: ignore[arg-type]
-        for report in reports
-        if report.when == "teardown"
-        for name, value in report.user_properties
-        if name == _PROPERTY
-    ]
+    properties = [each for report in reports if report.when == "teardown" for each in report.user_properties]
+    found = [_read(value) for name, value in properties if name == _PROPERTY]
     if not found:
         return
     reporter.section(f"recovery after the last fault: {PROMISED_SECONDS:.0f} s are promised")
@@ -52,6 +48,10 @@ def print_table(reporter: pytest.TerminalReporter, seed: str) -> None:
     for scenario in dict.fromkeys(each.scenario for each in found):
         reporter.write_line(_line(scenario, [each for each in found if each.scenario == scenario]))
     reporter.write_line(f"CHAOS_SEED={seed}")
+
+
+def _read(value: Any) -> Recovery:
+    return Recovery(**value)
 
 
 def _line(scenario: str, found: Sequence[Recovery]) -> str:

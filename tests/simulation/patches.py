@@ -24,7 +24,7 @@ import aiohttp
 import structlog
 from aiobotocore.session import get_session
 
-from agent import app
+from agent import app, parties
 from agent.adapters.executor import Executor
 from agent.db.database import Database
 from agent.settings import AgentSettings, Settings
@@ -40,7 +40,8 @@ _NOT_SHOWN = frozenset({"exc_info", "pid"})
 def installed(world: World) -> Iterator[None]:
     """Let the agent's code see the simulated world, and nothing else."""
     with (
-        mock.patch.multiple(app, connect=_connect, executor_for=_executor_for, _listen=_listen, _alone=_alone),
+        mock.patch.multiple(app, executor_for=_executor_for, _listen=_listen, alone=_alone),
+        mock.patch.multiple(parties, connect=_connect),
         mock.patch.multiple(aiohttp, ClientSession=_session, TCPConnector=_nothing),
         mock.patch.object(os, "_exit", _exit),
         _clocks(world),
