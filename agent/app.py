@@ -32,6 +32,7 @@ from agent.parties import (
     alone,
     context_of,
     executor_for,
+    let_containers_read,
     made_data_dir,
     open_parties,
     place_of,
@@ -81,6 +82,7 @@ async def serve(settings: Settings) -> None:
         raise ConfigurationError(
             "the agent has no account in Ovation: set OVATION_TOKEN, or OVATION_CLIENT_ID and OVATION_CLIENT_SECRET"
         )
+    let_containers_read()
     stop = _stop_on_signals()
     async with _open(settings) as agent:
         if await _done_before(stop.asked, _check(agent, settings)):

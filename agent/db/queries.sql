@@ -382,8 +382,9 @@ WHERE (:activity_id::text IS NULL OR activity_id = :activity_id) AND (:state::te
     AND (:project_id::text IS NULL OR project_id = :project_id) AND (:verdict::text IS NULL OR verdict = :verdict)
     AND (:since::interval IS NULL OR coalesce(finished_at, now()) > now() - :since)
     AND (NOT :stuck::boolean OR (finished_at IS NULL AND (attempt >= 3 OR suspicion > 1
-        OR waiting_since < now() - interval '10 minutes'
-        OR (lease_until IS NULL AND due_at < now() - interval '10 minutes')
+        OR ((waiting_since < now() - interval '10 minutes'
+            OR (lease_until IS NULL AND due_at < now() - interval '10 minutes'))
+            AND NOT (state = 'staging' AND place IN (SELECT place FROM node_runs)))  -- Slurm's queue is as long as it is
         OR (a.seen_at < now() - :gone::interval))))
 ORDER BY created_at DESC LIMIT :most;
 

@@ -194,15 +194,15 @@ def _node_over(job: Job, over: NodeOver, limits: Limits) -> Move:
     if job.state is State.COLLECTING:
         stood = Verdict.FAILED if job.verdict is Verdict.SUCCEEDED else job.verdict
         return replace(_stay(job, 0, 0, over.fault.message), verdict=stood, fault=job.fault or over.fault)
-    verdict = Verdict.CANCELLED if job.cancel_requested else over.verdict
+    verdict = job.verdict or (Verdict.CANCELLED if job.cancel_requested else over.verdict)
     if verdict is Verdict.FAILED and over.again and job.launch <= limits.node_retries:
         again = _end_before_delivery(job, over.fault)
         return replace(
             again,
             state=State.STAGING,
             launch=job.launch + 1,
-            verdict=None,
-            fault=None,
+            verdict=job.verdict,
+            fault=job.fault,
             native_id=None,
             started_at=None,
         )

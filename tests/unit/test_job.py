@@ -17,9 +17,11 @@ from agent.domain.job import (
     Failed,
     Fault,
     FaultClass,
+    HandedOver,
     Job,
     Lost,
     Move,
+    NodeOver,
     NotYet,
     Outage,
     Outcome,
@@ -61,6 +63,10 @@ outcomes: st.SearchStrategy[Outcome] = st.one_of(
     st.builds(Outage, party=st.text(), reason=st.text(), seconds=st.none() | st.floats(0, 1e6)),
     st.builds(Failed, fault=faults, final=st.booleans()),
     st.builds(Lost, fault=faults),
+    st.builds(HandedOver, place=st.uuids().map(str), waiting_for=st.text()),
+    st.builds(
+        NodeOver, fault=faults, verdict=st.sampled_from([Verdict.FAILED, Verdict.CANCELLED]), again=st.booleans()
+    ),
     st.builds(SetAside, fault=faults),
 )
 live_states = st.sampled_from(sorted(set(State) - TERMINAL))
@@ -108,7 +114,7 @@ def test_every_move_is_in_the_transition_table(job: Job, outcome: Outcome, limit
 @given(jobs, outcomes, limits_of)
 def test_a_verdict_and_its_cause_are_never_changed(job: Job, outcome: Outcome, limits: Limits) -> None:
     move = decide(job, outcome, limits)
-    undelivered = isinstance(outcome, SetAside) and job.state is State.COLLECTING
+    undelivered = isinstance(outcome, SetAside | NodeOver) and job.state is State.COLLECTING
     if undelivered and job.verdict is Verdict.SUCCEEDED:  # the one exception: its outputs do not come
         assert move.verdict is Verdict.FAILED
     elif job.verdict is not None:
@@ -145,7 +151,7 @@ def test_waiting_uses_no_attempt(job: Job, outcome: Outcome) -> None:
 def test_delivery_is_never_given_up(results: list[Outcome]) -> None:
     job = replace(JOB, state=State.COLLECTING, verdict=Verdict.SUCCEEDED)
     for result in results:
-        if isinstance(result, Done | Lost | SetAside):
+        if isinstance(result, Done | Lost | NodeOver | SetAside):
             continue
         move = decide(job, result, Limits())
         assert move.state is State.COLLECTING
@@ -230,6 +236,43 @@ def test_a_lost_run_is_started_again_so_often_and_then_ends(retries: int, launch
     else:
         assert (move.state, move.launch) == (State.COLLECTING, launch)
         assert (move.verdict, move.fault) == (Verdict.FAILED, fault)
+
+
+@given(st.integers(0, 3), st.integers(1, 4), st.sampled_from([State.STAGING, State.LAUNCHING, State.RUNNING]))
+def test_what_a_node_lost_begins_anew_elsewhere_so_often_and_then_ends(retries: int, launch: int, state: State) -> None:
+    over = NodeOver(Fault(FaultClass.NODE, "the node failed"), Verdict.FAILED, again=True)
+    job = replace(JOB, state=state, launch=launch, native_id="1234", started_at=NOW, place="of the node")
+    move = decide(job, over, Limits(node_retries=retries))
+    assert move.elsewhere
+    if launch <= retries:
+        assert (move.state, move.launch, move.verdict, move.fault) == (State.STAGING, launch + 1, None, None)
+    else:
+        assert (move.state, move.launch) == (State.COLLECTING, launch)
+        assert (move.verdict, move.fault) == (Verdict.FAILED, over.fault)
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_what_a_node_had_delivered_is_not_run_again(again: bool) -> None:
+    over = NodeOver(Fault(FaultClass.NODE, "the node failed"), Verdict.FAILED, again=again)
+    collecting = replace(JOB, state=State.COLLECTING, verdict=Verdict.SUCCEEDED, exit_code=0)
+    move = decide(collecting, over, Limits())
+    assert (move.state, move.elsewhere, move.launch) == (State.COLLECTING, True, 1)
+    assert (move.verdict, move.fault) == (Verdict.FAILED, over.fault)
+    reporting = replace(collecting, state=State.REPORTING)
+    move = decide(reporting, over, Limits())
+    assert (move.state, move.elsewhere, move.verdict, move.fault) == (State.REPORTING, True, Verdict.SUCCEEDED, None)
+
+
+def test_what_slurm_ended_is_not_run_again() -> None:
+    over = NodeOver(Fault(FaultClass.MEMORY, "too much"), Verdict.FAILED, again=False)
+    move = decide(replace(JOB, state=State.RUNNING), over, Limits(node_retries=3))
+    assert (move.state, move.verdict, move.fault) == (State.COLLECTING, Verdict.FAILED, over.fault)
+
+
+def test_a_job_that_is_handed_over_goes_on_where_it_was_told() -> None:
+    move = decide(replace(JOB, state=State.STAGING), HandedOver("there", "Slurm", {"granted": {}}), Limits())
+    assert (move.state, move.place, move.waiting_for) == (State.STAGING, "there", "Slurm")
+    assert (move.elsewhere, move.resources) == (False, {"granted": {}})
 
 
 def test_a_lost_run_whose_end_was_asked_for_is_cancelled() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -376,6 +377,41 @@ def test_webhook_secrets_guard_webhooks(environment: Callable[..., None]) -> Non
     agent = Settings.load().agent
     assert agent.webhooks_are_guarded
     assert agent.webhook_keys == (b"A" * 16, bytes.fromhex("31f290f6bf06298aab4f08d43c3f082cf648a362da2f"))
+
+
+def test_a_tree_is_written_down_and_read_again(environment: Callable[..., None], tmp_path: Path) -> None:
+    given = {
+        "OVATION_TOKEN": "a-token-of-the-agent",
+        "OVATION_HOSTS": "*.ovation.io,https://ovation.example",
+        "OVATION_ORGANIZATIONS": "3,5",
+        "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9000",
+        "AGENT_EXECUTOR": "slurm",
+        "AGENT_STAGING": "node",
+        "AGENT_DATABASE_URL": "postgresql://someone:password@db.example/agent",
+        "AGENT_DATA_DIR": str(tmp_path),
+        "AGENT_SLURM_ARGUMENTS": "--constraint 'a b' --exclusive",
+        "AGENT_WEBHOOK_SECRET": "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+        "AGENT_IMAGE_SUFFIXES": ".sif,.img",
+        "AGENT_REMOTE_HOSTS": "files.lab",
+        "AGENT_MAX_MEMORY_BYTES": "64000000000",
+    }
+    environment(**given)
+    settings = Settings.load()
+    document = json.loads(json.dumps(settings.document()))
+    environment(**dict.fromkeys(given, ""), AGENT_PORT="1")  # of whoever reads it, which is nothing to it
+    assert Settings.of(document) == settings
+    left_out = settings.document({"AGENT_WEBHOOK_SECRET", "OVATION_TOKEN"})
+    assert "whsec" not in str(left_out)
+    assert "a-token" not in str(left_out)
+
+
+def test_nodes_need_slurm_and_a_server(environment: Callable[..., None]) -> None:
+    environment(AGENT_STAGING="node")
+    with pytest.raises(ConfigurationError, match="set AGENT_EXECUTOR=slurm"):
+        Settings.load()
+    environment(AGENT_STAGING="node", AGENT_EXECUTOR="slurm")
+    with pytest.raises(ConfigurationError, match="set AGENT_DATABASE_URL"):
+        Settings.load()
 
 
 def test_the_tree_is_frozen() -> None:
