@@ -146,6 +146,7 @@ class _Visit:
                 for task in (leaving, ends, *loops):
                     task.cancel()
                 await asyncio.gather(leaving, ends, *loops, return_exceptions=True)
+                await asyncio.to_thread(self._save, whole=False)  # Slurm may not wait for what comes next
                 await self._end_container(context)
                 await asyncio.to_thread(self._save, whole=True)
             logs.logger().info("node_ends", job_id=self._job_id, told_to_end=self._told.is_set())

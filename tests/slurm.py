@@ -1,5 +1,7 @@
 """A real Slurm cluster of a test's own: munged, slurmctld and two nodes on this machine, in one directory.
 
+With `accounting` also slurmdbd, on a MariaDB of its own.
+
 Nothing of it needs systemd, or a port or a file that anybody else has; whatever it started ends with it.
 """
 
@@ -56,11 +58,39 @@ SlurmdTimeout={node_timeout}
 MaxJobCount=10000
 PreemptType=preempt/partition_prio
 PreemptMode=CANCEL
-AccountingStorageType=accounting_storage/none
+AccountingStorageType=accounting_storage/{accounting}
 JobCompType=jobcomp/none
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=1 {shared}
 PartitionName=short Nodes=ALL MaxTime=1 State=UP PriorityTier=1 {shared}
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 {shared}
+"""
+_ACCOUNTED = """\
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={port}
+AccountingStoragePass={place}/munge.sock
+"""
+_SLURMDBD = """\
+AuthType=auth/munge
+AuthInfo=socket={place}/munge.sock
+DbdHost={host}
+DbdAddr=127.0.0.1
+DbdPort={port}
+SlurmUser={user}
+PidFile={place}/slurmdbd.pid
+LogFile={place}/slurmdbd.log
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={database_port}
+StorageUser=slurm
+StoragePass=slurm
+StorageLoc=accounting
+"""
+_DATABASE = """
+CREATE DATABASE accounting;
+CREATE USER slurm@localhost IDENTIFIED BY 'slurm';
+CREATE USER slurm@127.0.0.1 IDENTIFIED BY 'slurm';
+GRANT ALL ON accounting.* TO slurm@localhost;
+GRANT ALL ON accounting.* TO slurm@127.0.0.1;
 """
 
 
@@ -73,12 +103,20 @@ class Cluster:
     """A cluster that runs; its parts can be frozen, killed and started again."""
 
     def __init__(
-        self, place: Path, *, min_job_age: int = 300, node_timeout: int = 20, cpus: int = 16, extra: str = ""
+        self,
+        place: Path,
+        *,
+        min_job_age: int = 300,
+        node_timeout: int = 20,
+        cpus: int = 16,
+        extra: str = "",
+        accounting: bool = False,
     ) -> None:
         self.place = place
         self._host = socket.gethostname().split(".")[0]
         self._pids: dict[str, int] = {}
-        ports = _free_ports(1 + len(NODES))
+        self._accounting = accounting
+        *ports, self._dbd_port, self._database_port = _free_ports(3 + len(NODES))
         (place / "state").mkdir(parents=True)
         (place / "state").chmod(0o700)
         key = place / "munge.key"
@@ -89,7 +127,7 @@ class Cluster:
             " State=UNKNOWN\n"
             for name, port in zip(NODES, ports[1:], strict=True)
         )
-        user = subprocess.run(["id", "-un"], check=True, capture_output=True, text=True).stdout.strip()
+        user = self._user = subprocess.run(["id", "-un"], check=True, capture_output=True, text=True).stdout.strip()
         conf = _CONF.format(
             host=self._host,
             controller_port=ports[0],
@@ -98,7 +136,10 @@ class Cluster:
             min_job_age=min_job_age,
             node_timeout=node_timeout,
             shared="OverSubscribe=NO",
+            accounting="slurmdbd" if accounting else "none",
         )
+        if accounting:
+            extra += "\n" + _ACCOUNTED.format(port=self._dbd_port, place=place)
         head, partitions = conf.split("PartitionName=", 1)
         self.conf = place / "slurm.conf"
         self.conf.write_text(f"{head}{extra}\n{nodes}PartitionName={partitions}")
@@ -118,10 +159,47 @@ class Cluster:
             f"--seed-file={self.place}/munge.seed", "--num-threads=4",
         )  # fmt: skip
         until(sockets.exists, "munged")
+        if self._accounting:
+            self._start_database()
+            self.start_accounting()
+            self.run("sacctmgr", "-i", "add", "cluster", "tests")
         self.start_controller(clean=True)
         for name in NODES:
             self.start_node(name)
         until(self._all_idle, "the nodes")
+
+    def _start_database(self) -> None:
+        data, user = self.place / "mariadb", self._user
+        subprocess.run(
+            ["mariadb-install-db", "--no-defaults", f"--user={user}", f"--datadir={data}", "--skip-test-db",
+             "--auth-root-authentication-method=normal"],
+            check=True, capture_output=True, env={"PATH": _path()},
+        )  # fmt: skip
+        at = f"--socket={self.place}/mariadb.sock"
+        self._spawn(
+            "mariadbd", "mariadbd", "--no-defaults", f"--user={user}", f"--datadir={data}", at,
+            "--bind-address=127.0.0.1", f"--port={self._database_port}", "--innodb-buffer-pool-size=64M",
+            "--innodb-lock-wait-timeout=900", "--innodb-flush-log-at-trx-commit=0",
+        )  # fmt: skip
+        ask = ["mariadb", "--no-defaults", "--user=root", at]
+
+        def answers() -> bool:
+            return "1" in self.run(*ask, "--execute=SELECT 1")
+
+        until(answers, "mariadbd")
+        self.run(*ask, f"--execute={_DATABASE}")
+        conf = self.place / "slurmdbd.conf"
+        conf.write_text(
+            _SLURMDBD.format(
+                place=self.place, host=self._host, port=self._dbd_port, user=user, database_port=self._database_port
+            )
+        )
+        conf.chmod(0o600)
+
+    def start_accounting(self) -> None:
+        """Start slurmdbd."""
+        self._spawn("slurmdbd", "slurmdbd", "-D")
+        until(lambda: "rror" not in self.run("sacctmgr", "-n", "show", "cluster"), "slurmdbd")
 
     def _all_idle(self) -> bool:
         return sorted(self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%N=%T").split()) == [
@@ -138,7 +216,7 @@ class Cluster:
         self._spawn(name, "slurmd", "-D", "-N", name, "-f", str(self.conf))
 
     def kill(self, part: str) -> None:
-        """Kill a part: "slurmctld", or a node's slurmd; the jobs that run there go on."""
+        """Kill a part: "slurmctld", "slurmdbd", or a node's slurmd; the jobs that run there go on."""
         pid = self._pids.pop(part)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
