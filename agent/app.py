@@ -227,7 +227,10 @@ async def _run(agent: _Agent, settings: Settings, stop: _Stop) -> None:
         asyncio.create_task(sweep_deliveries(agent.services.watch_list), name="sweep of deliveries"),
         asyncio.create_task(_show_life(agent.services.beats), name="sign of life"),
         asyncio.create_task(
-            answer_questions(agent.services.log_questions, agent.services.data_dir), name="answers about logs"
+            answer_questions(
+                agent.services.log_questions, agent.services.data_dir, beat=agent.services.beats.of("log answers")
+            ),
+            name="answers about logs",
         ),
     ]
     if agent.nodes is not None:

@@ -17,12 +17,16 @@ import aiohttp
 from agent.adapters import apptainer
 from agent.adapters.executor import Executor
 from agent.adapters.ovation import Ovation
+from agent.adapters.slurm import SlurmExecutor
 from agent.db.connect import connect
+from agent.db.watched import WatchList
+from agent.domain import token
 from agent.domain.resources import Resources
-from agent.errors import AgentError
+from agent.errors import AgentError, DatabaseError
 from agent.settings import Settings
 
 _LITTLE_SPACE_BYTES = 10 << 30
+_SILENT_SECONDS = 86_400.0
 _SKEW_SECONDS = 60.0  # S3 refuses from a quarter of an hour on; tokens are less patient
 
 
@@ -58,12 +62,23 @@ async def examine(settings: Settings, executor: Executor) -> AsyncIterator[Findi
         ("images", lambda: asyncio.to_thread(_fuse), "chmod 0666 /dev/fuse, as udev does; docs/operations.md has more"),
         ("limits", lambda: _limits(executor), "see `containers`"),
         ("Ovation", lambda: _ovation(settings), "check OVATION_API_URL and OVATION_TOKEN (or OVATION_CLIENT_ID)"),
+        (
+            "token",
+            lambda: _token(settings),
+            "ask whoever runs Ovation for a new one, or for a service account with read:global and write:global",
+        ),
         ("object store", lambda: _store(settings), "check AWS_ENDPOINT_URL_S3, AWS_DEFAULT_REGION and the network"),
         (
             "clock",
             lambda: _clock(settings),
             "have the machine's clock set by NTP: requests to S3 are signed with the time",
         ),
+        (
+            "deliveries",
+            lambda: _deliveries(settings),
+            "`ovation-agent webhooks list` says what Ovation is told to send where, `webhooks test` sends one through",
+        ),
+        *_of_a_cluster(executor),
         ("agent", lambda: _agent(settings), "`journalctl -u ovation-agent`, or what else starts it, says why"),
     ]
     for name, check, remedy in checks:
@@ -73,6 +88,18 @@ async def examine(settings: Settings, executor: Executor) -> AsyncIterator[Findi
             yield Finding(name, good=False, found=str(error), remedy=remedy)
         except OSError as error:
             yield Finding(name, good=False, found=f"{error.strerror}: {error.filename}", remedy=remedy)
+
+
+def _of_a_cluster(executor: Executor) -> list[tuple[str, Callable[[], Awaitable[str]], str]]:
+    if not isinstance(executor, SlurmExecutor):
+        return []
+    return [
+        (
+            "accounting",
+            executor.client.accounting,
+            "have slurmdbd looked at: without it, what Slurm's controller has forgotten is known by a run's own record",
+        )
+    ]
 
 
 async def _webhooks(settings: Settings) -> str:
@@ -108,6 +135,40 @@ async def _database(settings: Settings) -> str:
 async def _ovation(settings: Settings) -> str:
     async with Ovation.open(settings.ovation) as ovation:
         return f"{settings.ovation.api_url}: {await ovation.check()}"
+
+
+async def _token(settings: Settings) -> str:
+    """Say what the agent's token says of itself: that Ovation takes it is another check's."""
+    async with Ovation.open(settings.ovation) as ovation:
+        claims, is_renewed = await ovation.claims(), ovation.renews_its_token
+    if claims is None:
+        return "does not say what it may do, nor until when"
+    if trouble := token.trouble_with(claims, datetime.now(UTC), is_renewed=is_renewed):
+        raise _Trouble(trouble)
+    return token.words(claims, is_renewed=is_renewed)
+
+
+async def _deliveries(settings: Settings) -> str:
+    """Say when a webhook came last; that none comes is only known by what had to be found without one."""
+    try:
+        async with connect(settings.agent) as database:
+            await database.check()
+            last, found = await WatchList(database).heard()
+    except DatabaseError:
+        return "not known: see `database`"
+    if last is None and not found:
+        return "none has come yet"
+    ago = "none has come yet" if last is None else f"the last one came {_ago(last)} ago"
+    if found and (last is None or last > _SILENT_SECONDS):
+        raise _Trouble(f"{ago}, and {found} runs of the last day were found only by walks: Ovation does not reach it")
+    return ago
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86_400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _fuse() -> str:

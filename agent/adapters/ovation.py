@@ -91,6 +91,15 @@ class Ovation:
         """Have this called whenever Ovation is back."""
         self._connection.on_back(callback)
 
+    @property
+    def renews_its_token(self) -> bool:
+        """Whether tokens are fetched with a service account's secret, one after the other."""
+        return self._settings.token is None
+
+    async def claims(self) -> Mapping[str, Any] | None:
+        """Return what the token says of itself, unverified; nothing of one that is no JSON Web Token."""
+        return await self._connection.claims()
+
     async def check(self) -> str:
         """Return a word on the account once Ovation has accepted the token.
 

@@ -7,11 +7,12 @@ import functools
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import aiohttp
+import jwt
 import tenacity
 from yarl import URL
 
@@ -61,6 +62,18 @@ class Connection:
     def for_person(self, token: str) -> Connection:
         """Return a view with a person's own token; it shares connections and circuit."""
         return Connection(self._settings, self._http, token, self._circuit, self._probe)
+
+    async def claims(self) -> Mapping[str, Any] | None:
+        """Return what the token says of itself, unverified; nothing of one that is no JSON Web Token.
+
+        Raises:
+            OvationRefused, OvationUnavailable: there is none.
+        """
+        try:
+            found: dict[str, Any] = jwt.decode(await self._bearer(), options={"verify_signature": False})
+        except jwt.InvalidTokenError:
+            return None
+        return found
 
     async def close(self) -> None:
         """Close the connections."""

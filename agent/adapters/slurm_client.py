@@ -149,6 +149,20 @@ class SlurmClient:
             return None
         return {row.job_id: row for row in slurm.rows(answer.output)}
 
+    async def accounting(self) -> str:
+        """Say in words whether there is accounting.
+
+        Raises:
+            ExecutorUnavailable: there is, and it does not answer.
+        """
+        answer = await self._ask(["sacct", *slurm.sacct_arguments(["1"])], _ASK_SECONDS)
+        if answer.code == 0:
+            return "answers: it is asked what became of a run that the controller has forgotten"
+        said = slurm.complaint(answer.complaint) or f"sacct ended with {answer.code}"
+        if "disabled" in answer.complaint.lower() or (answer.code == -1 and "timed out" not in answer.complaint):
+            return "there is none: a run that the controller has forgotten is judged by its own record"
+        raise ExecutorUnavailable(f"sacct: {said}")
+
     async def cancel(self, job_id: str | None = None, *, name: str | None = None, signal: str | None = None) -> None:
         """Cancel a job, by its id or its name, or send a signal to its batch script alone.
 

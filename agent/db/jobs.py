@@ -11,6 +11,7 @@ from typing import Any
 
 from agent.db.database import Database, Queries, Row
 from agent.db.moves import Moves
+from agent.db.renewals import Renewals
 from agent.domain.activity import Activity
 from agent.domain.job import Fault, FaultClass, Job, Move, Plan, PlannedFile, State, Verdict
 from agent.errors import DatabaseError
@@ -66,6 +67,7 @@ class Jobs:
         self._database = database
         self._bound = bound
         self._moves = Moves(database)
+        self._renewals = Renewals(database)
 
     async def get(self, job_id: str) -> Job | None:
         """Return a job, or nothing when there is none of that id."""
@@ -246,13 +248,10 @@ class Jobs:
         Raises:
             LeaseLost: it is another's.
         """
-        async with self._database.queries() as queries:
-            cancel = await queries.value(
-                "renew_lease", id=claim.job.id, lease_token=claim.token, lease=timedelta(seconds=lease_seconds)
-            )
+        cancel = await self._renewals.renew(claim.job.id, claim.token, lease_seconds)
         if cancel is None:
             raise LeaseLost(f"the lease of job {claim.job.id} is another's")
-        return bool(cancel)
+        return cancel
 
     async def release(self, claim: Claim) -> None:
         """Give a job back as it was."""

@@ -139,6 +139,11 @@ SELECT min(applied_at) FROM schema_migrations;
 -- What is known of an entity's last look.
 SELECT * FROM watched WHERE entity_id = :entity_id;
 
+-- name: heard^
+-- Since when (seconds) no webhook has come, and how many runs of the last day were found without one.
+SELECT extract(epoch FROM now() - (SELECT max(received_at) FROM deliveries WHERE source = 'webhook'))::float8 AS last,
+    (SELECT count(*) FROM jobs WHERE trigger = 'reconcile' AND created_at > now() - interval '1 day') AS found;
+
 -- name: list_deliveries
 -- The newest hints about an entity.
 SELECT * FROM deliveries WHERE entity_id = :entity_id ORDER BY received_at DESC LIMIT :most;
@@ -273,10 +278,18 @@ SELECT count(*) FROM freed;
 -- A suspect has not ended the process for a while: others may go on beside it.
 UPDATE jobs SET alone = false WHERE id = :id AND lease_token = :lease_token;
 
--- name: renew_lease$
--- Keep a lease; tells whether somebody asked for the job's end. Nothing: the lease is another's now.
-UPDATE jobs SET lease_until = now() + :lease WHERE id = :id AND lease_token = :lease_token AND lease_until IS NOT NULL
-RETURNING cancel_requested;
+-- name: renew_leases
+-- Keep leases; tells for which jobs somebody asked for their end. The lease of what is missing is another's now. In the
+-- order of their ids, as everybody writes.
+WITH kept AS (
+    SELECT * FROM jsonb_to_recordset(:leases::jsonb) AS k (id uuid, lease_token bigint, seconds float8)),
+held AS (
+    SELECT j.id, k.seconds FROM jobs j JOIN kept k USING (id)
+    WHERE id = ANY(ARRAY(SELECT kept.id FROM kept)) AND j.lease_token = k.lease_token AND j.lease_until IS NOT NULL
+    ORDER BY id FOR UPDATE OF j)
+UPDATE jobs j SET lease_until = now() + held.seconds * interval '1 second' FROM held
+WHERE j.id = ANY(ARRAY(SELECT held.id FROM held)) AND j.id = held.id
+RETURNING j.id, j.cancel_requested;
 
 -- name: release_lease!
 -- Give a job back as it was: a shutdown is not an attempt.

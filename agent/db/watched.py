@@ -210,6 +210,12 @@ class WatchList:
             seconds: float | None = await queries.value("next_look_due")
         return most if seconds is None else min(most, max(0.0, seconds))
 
+    async def heard(self) -> tuple[float | None, int]:
+        """Return how long ago the last webhook came (seconds), and how many runs of the last day none told of."""
+        async with self._database.queries() as queries:
+            row = await queries.row("heard")
+        return (None, 0) if row is None else (row["last"], row["found"])
+
     async def looks_waiting_due(self) -> int:
         """Make due what a look failed at and waits for another; return how many those are."""
         async with self._database.queries() as queries:

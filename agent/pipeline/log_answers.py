@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,9 +18,10 @@ _LOOK_SECONDS = 1.0
 _BUSY_SECONDS = 0.1
 
 
-async def answer_questions(questions: LogQuestions, data_dir: Path) -> None:
+async def answer_questions(questions: LogQuestions, data_dir: Path, *, beat: Callable[[], None] = lambda: None) -> None:
     """Answer until cancelled: looked for every second, and more often while somebody follows."""
     while True:
+        beat()
         asked = 0
         try:
             with suppress(DatabaseError):  # the worker tells of it, once

@@ -39,6 +39,7 @@ HAVE_CIRCUITS = frozenset({OVATION, OBJECT_STORE})
 """The outside parties whose coming and going `agent.adapters.circuit` tells."""
 
 _PROGRESS_SECONDS = 0.5
+_WATCH_SECONDS = 2.0  # a thousand containers may be watched, and there is little to tell of them
 _ENDS_AT_ONCE = frozenset({State.QUEUED, State.STAGING})
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -125,6 +126,8 @@ async def _keep(
     renewed = time.monotonic() - _PROGRESS_SECONDS  # that long the step has gone on by now
     meter = Meter(control.progress)
     written: Mapping[str, object] = {}
+    is_watched = claim.job.state is State.RUNNING
+    pause = min(_WATCH_SECONDS, lease_seconds / 6) if is_watched else _PROGRESS_SECONDS
     while True:
         try:
             if time.monotonic() - renewed > lease_seconds / 3:
@@ -142,7 +145,7 @@ async def _keep(
             on_database(error)
             if time.monotonic() - renewed > lease_seconds:
                 raise LeaseLost("PostgreSQL was away for longer than the lease") from None
-        await asyncio.sleep(_PROGRESS_SECONDS)
+        await asyncio.sleep(pause)
 
 
 async def _outcome(context: Context, claim: Claim, control: Control) -> Outcome:

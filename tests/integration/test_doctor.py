@@ -20,12 +20,16 @@ from agent.sandbox.faults import FaultKind
 from agent.sandbox.server import Sandbox
 from agent.sandbox.settings import SandboxSettings
 from tests.agents import ADMIN_TOKEN, WEBHOOK_KEY, agent_environment, running_agent
+from tests.workers import make_job, migrated
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 CHECKS = [
-    *("webhooks", "data directory", "database", "containers", "images", "limits", "Ovation", "object store"),
-    *("clock", "agent"),
+    *("webhooks", "data directory", "database", "containers", "images", "limits", "Ovation", "token", "object store"),
+    *("clock", "deliveries", "agent"),
 ]
+
+
+_DAYS = 30 * 86_400.0
 
 
 class Report(NamedTuple):
@@ -38,7 +42,7 @@ class Report(NamedTuple):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def sandbox(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Sandbox]:
-    async with Sandbox(tmp_path_factory.mktemp("sandbox"), settings=SandboxSettings()) as running:
+    async with Sandbox(tmp_path_factory.mktemp("sandbox"), settings=SandboxSettings(token_seconds=_DAYS)) as running:
         yield running
 
 
@@ -90,6 +94,8 @@ async def test_all_is_well(sandbox: Sandbox, tmp_path: Path) -> None:
     assert report.findings["Ovation"][1] == f"{sandbox.api_url}: 0 projects in organization 0"
     assert sandbox.s3_url in report.findings["object store"][1]
     assert "GiB free" in report.findings["data directory"][1]
+    assert report.findings["token"][1].startswith("of a service account with read:global, write:global, good until 2")
+    assert report.findings["deliveries"][1] == "none has come yet"
 
 
 async def test_anonymous_webhooks_are_mentioned(environment: dict[str, str]) -> None:
@@ -171,6 +177,42 @@ async def test_a_service_account(environment: dict[str, str], sandbox: Sandbox) 
     assert "Ovation" not in failing(await examined({**environment, **account}))
     report = await examined({**environment, **account, "OVATION_CLIENT_SECRET": "a-wrong-secret"})
     assert "Ovation" in failing(report)
+
+    assert (await examined({**environment, **account})).findings["token"][1].endswith("renewed by itself")
+
+
+@pytest.mark.parametrize(
+    ("scopes", "seconds", "words"),
+    [
+        ("read:global", _DAYS, "a service account without write:global"),
+        ("read:global write:global", 86_400, "it expires on 2"),
+        ("read:global write:global", -60, "it has expired on 2"),
+    ],
+)
+async def test_a_token_that_will_not_do(
+    scopes: str, seconds: float, words: str, environment: dict[str, str], sandbox: Sandbox
+) -> None:
+    token = sandbox.tokens.for_service(seconds, scopes)
+    good, found, remedy = (await examined({**environment, "OVATION_TOKEN": token})).findings["token"]
+    assert not good
+    assert found.startswith(words)
+    assert "read:global and write:global" in remedy
+
+
+async def test_webhooks_that_do_not_come(environment: dict[str, str], database_url: str) -> None:
+    environment = {**environment, "AGENT_DATABASE_URL": database_url}
+    async with migrated(database_url) as database, database.connection() as connection:
+        await make_job(database, "found-by-a-walk")
+        await connection.execute("UPDATE jobs SET trigger = 'reconcile'")
+        good, found, remedy = (await examined(environment)).findings["deliveries"]
+        assert (good, "1 runs of the last day were found only by walks" in found) == (False, True)
+        assert "webhooks test" in remedy
+        await connection.execute(
+            "INSERT INTO deliveries (source, entity_type, entity_id, received_at)"
+            " VALUES ('webhook', 'Activity', 'a', now() - interval '3 hours')"
+        )
+        report = await examined(environment)
+        assert report.findings["deliveries"][:2] == (True, "the last one came 3 hours ago")
 
 
 async def test_ovation_away(environment: dict[str, str]) -> None:

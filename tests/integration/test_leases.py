@@ -6,11 +6,12 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
-from agent.db.database import Database
-from agent.db.jobs import Claim
+from agent.db.database import Database, Queries, Row
+from agent.db.jobs import Claim, Jobs, LeaseLost
 from agent.domain.decide import Limits
 from agent.domain.job import Done, Move, NotYet, Outage, Outcome, State, Verdict
 from agent.pipeline.context import Context, Control
@@ -222,3 +223,32 @@ async def test_a_step_may_end_while_the_agent_drains_and_a_watch_is_given_back_a
 async def _is_held(here: Machine, job_id: str, state: State) -> bool:
     held = here.worker._held.get(job_id)
     return held is not None and held.claim.job.state is state
+
+
+async def test_leases_are_kept_in_groups_and_each_by_its_own_fence(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = Jobs(database)
+    for number in range(5):
+        await make_job(database, f"a{number}")
+    claims = await jobs.claim_queued(5, 30, "here", ahead=5)
+    assert len(claims) == 5
+    asked: list[str] = []
+    rows = Queries.rows
+
+    async def counted(self: Queries, name: str, **values: object) -> list[Row]:
+        asked.append(name)
+        return await rows(self, name, **values)
+
+    monkeypatch.setattr(Queries, "rows", counted)
+    await jobs.cancel(claims[1].job.id)
+    gone = replace(claims[2], token=claims[2].token + 1)
+    kept = await asyncio.gather(
+        *(jobs.renew(claim, 600) for claim in (claims[0], claims[1], gone, *claims[3:])), return_exceptions=True
+    )
+    assert asked == ["renew_leases"]
+    assert [kept[0], kept[1], *kept[3:]] == [False, True, False, False]
+    assert isinstance(kept[2], LeaseLost)
+    async with database.connection() as connection:
+        far = await connection.fetch("SELECT activity_id FROM jobs WHERE lease_until > now() + interval '5 minutes'")
+    assert {row["activity_id"] for row in far} == {claim.job.activity_id for claim in claims if claim is not claims[2]}

@@ -7,8 +7,10 @@ import io
 import json
 import os
 import pty
+import re
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -24,6 +26,7 @@ from tests.agents import ADMIN_TOKEN, AgentProcess, agent_environment, until
 from tests.integration.test_cli import Done, command
 from tests.lab import Lab, laboratory
 
+ROOT = Path(__file__).resolve().parents[2]
 on_call = pytest.mark.asyncio(loop_scope="module")
 
 
@@ -95,6 +98,46 @@ async def test_what_failed_lately_and_what_is_stuck(desk: Desk) -> None:
     await desk.lab.agent.job(waiting)
     assert set(await ids(desk, "--project", desk.lab.project_id)) == {good["id"], bad["id"], job["id"]}
     assert await ids(desk, "--project", "another") == []
+
+
+def recipes() -> list[str]:
+    """Return the programs for jq of the five recipes in the runbook."""
+    text = (ROOT / "docs/operations.md").read_text().partition("### Five recipes")[2].partition("\n## ")[0]
+    return re.findall(r"^ovation-agent logs -f --json \| (jq .*)$", text, re.MULTILINE)
+
+
+@on_call
+async def test_the_five_recipes_find_what_they_are_for(desk: Desk) -> None:
+    good, _ = await desk.lab.run("true")
+    bad, _ = await desk.lab.run("exit 7")
+    desk.lab.sandbox.faults.add("status", status=503, target="store")
+    waiting = desk.lab.activity("true")
+
+    async def away() -> bool | None:
+        return bool(desk.lab.agent.events("party_away")) or None
+
+    try:
+        await until(away, "the store is away", desk.lab.agent.log)
+    finally:
+        desk.lab.sandbox.faults.remove()
+    await desk.lab.agent.job(waiting)
+    log = "\n".join(line for line in desk.lab.agent.log.read_text().splitlines() if line.startswith("{"))
+    log += '\n{"event": "step", "job_id": "slow", "state": "staging", "seconds": 61.5, "level": "info"}\n'
+    found = []
+    for recipe in recipes():
+        command = recipe.replace('"ID"', f'"{good["activity_id"]}"')
+        done = subprocess.run(["bash", "-c", command], input=log, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (recipe, done.stderr)
+        found.append(done.stdout.splitlines())
+    wrong, one, ends, slow, parties = found
+    assert {json.loads(line)["event"] for line in wrong} >= {"party_away"}
+    assert [json.loads(line)["next"] for line in one if json.loads(line)["event"] == "step"][-1] == "succeeded"
+    assert all(json.loads(line)["event"] for line in one)
+    verdicts = {line.split("\t")[1]: line.split("\t")[2:] for line in ends}
+    assert verdicts[good["id"]][0] == "succeeded"
+    assert verdicts[bad["id"]] == ["failed", bad["fault"]["message"]]
+    assert [json.loads(line)["job_id"] for line in slow] == ["slow"]
+    assert {json.loads(line)["event"] for line in parties} >= {"party_away", "party_back"}
 
 
 @on_call

@@ -100,6 +100,11 @@ async def killed_at_the_end(run: Run) -> AsyncIterator[None]:
         run.go_on()
 
 
+async def test_that_there_is_no_accounting_is_no_trouble(slurm: Cluster, tmp_path: Path) -> None:
+    client = a_run(tmp_path, slurm).executor.client
+    assert (await client.accounting()).startswith("there is none")
+
+
 async def test_what_slurm_rejects_is_refused_with_its_words(tmp_path: Path, slurm: Cluster) -> None:
     run = a_run(tmp_path, slurm, site=Site(partition="nowhere"))
     assert isinstance(end := await run.executor.start(run.request), Ended)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent.adapters.executor import Ending, Running
+from agent.errors import ExecutorUnavailable
 from tests.integration.test_slurm import Run, a_run, killed_at_the_end
 from tests.slurm import Cluster, cluster
 from tests.slurm import until as until_sync
@@ -54,8 +55,11 @@ async def test_a_run_goes_on_and_is_judged_although_the_accounting_dies(tmp_path
     async with killed_at_the_end(run), killed_at_the_end(lost):
         await run.begin()
         await lost.begin()
+        assert "answers" in await run.executor.client.accounting()
         slurm.kill("slurmdbd")
         try:
+            with pytest.raises(ExecutorUnavailable, match="sacct: "):
+                await run.executor.client.accounting()
             begun_without = a_run(tmp_path / "begun-without", slurm)
             await begun_without.begin()
             begun_without.go_on()

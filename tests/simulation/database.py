@@ -32,7 +32,7 @@ _NAMES = {getattr(_QUERIES, name).sql: name for name in _QUERIES.available_queri
 _POLLS = frozenset(name for name in _NAMES.values() if name.startswith(("claim_", "count_", "lapse_")))
 _COUNTDOWNS = frozenset({"next_job_due", "next_look_due"})
 # What is written without making anything due that was not: leases and the sight of an agent last longer, no less.
-_NEUTRAL = frozenset({"renew_lease", "agent_seen", "set_progress", "set_folder", "save_output", "BEGIN", "COMMIT"})
+_NEUTRAL = frozenset({"renew_leases", "agent_seen", "set_progress", "set_folder", "save_output", "BEGIN", "COMMIT"})
 # What has to do with looks alone, and says nothing of jobs.
 _LOOKS = frozenset(
     {"take_hints", "claim_watched", "next_look_due", "judge_watched", "note_listed", "look_again_slowly"}
