@@ -42,8 +42,8 @@ SlurmctldPidFile={place}/slurmctld.pid
 SlurmdPidFile={place}/slurmd-%n.pid
 SlurmctldLogFile={place}/slurmctld.log
 SlurmdLogFile={place}/slurmd-%n.log
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+ProctrackType=proctrack/{tracked}
+TaskPlugin=task/{task}
 SwitchType=switch/none
 MpiDefault=none
 SelectType=select/cons_tres
@@ -69,6 +69,12 @@ AccountingStorageHost=127.0.0.1
 AccountingStoragePort={port}
 AccountingStoragePass={place}/munge.sock
 """
+_CGROUP = """\
+CgroupPlugin=cgroup/v1
+CgroupMountpoint=/sys/fs/cgroup
+ConstrainRAMSpace=yes
+"""
+_MEMORY = Path("/sys/fs/cgroup/memory")
 _SLURMDBD = """\
 AuthType=auth/munge
 AuthInfo=socket={place}/munge.sock
@@ -99,6 +105,11 @@ def is_installed() -> bool:
     return all(shutil.which(name, path=_path()) for name in ("sbatch", "slurmctld", "slurmd", "munged"))
 
 
+def can_keep_memory() -> bool:
+    """Say whether Slurm can keep jobs to their memory here, without systemd: by control groups of the first version."""
+    return os.access(_MEMORY / "memory.limit_in_bytes", os.W_OK)
+
+
 class Cluster:
     """A cluster that runs; its parts can be frozen, killed and started again."""
 
@@ -111,11 +122,12 @@ class Cluster:
         cpus: int = 16,
         extra: str = "",
         accounting: bool = False,
+        keeps_memory: bool = False,
     ) -> None:
         self.place = place
         self._host = socket.gethostname().split(".")[0]
         self._pids: dict[str, int] = {}
-        self._accounting = accounting
+        self._accounting, self._keeps_memory = accounting, keeps_memory
         *ports, self._dbd_port, self._database_port = _free_ports(3 + len(NODES))
         (place / "state").mkdir(parents=True)
         (place / "state").chmod(0o700)
@@ -137,7 +149,11 @@ class Cluster:
             node_timeout=node_timeout,
             shared="OverSubscribe=NO",
             accounting="slurmdbd" if accounting else "none",
+            tracked="cgroup" if keeps_memory else "linuxproc",
+            task="cgroup" if keeps_memory else "none",
         )
+        if keeps_memory:
+            (place / "cgroup.conf").write_text(_CGROUP)
         if accounting:
             extra += "\n" + _ACCOUNTED.format(port=self._dbd_port, place=place)
         head, partitions = conf.split("PartitionName=", 1)
@@ -253,6 +269,10 @@ class Cluster:
             self.kill(part)
         for pid in self._leftovers():
             runner.send(pid, signal.SIGKILL)
+        if self._keeps_memory:
+            for path in sorted(_MEMORY.parent.glob("*/slurm_n?/**/"), reverse=True):
+                with suppress(OSError):
+                    path.rmdir()
 
     def _leftovers(self) -> Iterator[int]:
         """Return slurmstepd and what else names this directory."""
