@@ -1,3 +1,4 @@
+-- works from: 7
 -- Batch jobs that do the rest of a run on a compute node, each in a directory of its own there: its place.
 -- A row is there from the moment a job is handed over until the batch job is over and nothing of it is left.
 CREATE TABLE node_runs (
