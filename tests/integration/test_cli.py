@@ -24,7 +24,7 @@ from agent.client import AgentRefused, Client
 from agent.sandbox.faults import FaultKind
 from agent.sandbox.server import Sandbox
 from agent.settings import Settings
-from tests.agents import ADMIN_TOKEN, AgentProcess, agent_environment, running_agent
+from tests.agents import ADMIN_TOKEN, AgentProcess, agent_environment, running_agent, secrets_in
 from tests.lab import Lab, laboratory
 
 HOSTILE = "evil\x1b]0;owned\x07\x9b31m\nforged"
@@ -39,7 +39,10 @@ class Done(NamedTuple):
 
 
 async def command(*arguments: str, environment: dict[str, str], cwd: Path, seconds: float = 30, stop: int = 0) -> Done:
-    """Run a command to its end; with `stop`, send that signal once it has written something."""
+    """Run a command to its end; with `stop`, send that signal once it has written something.
+
+    Whatever it says, it is none of the secrets that it was given.
+    """
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "agent", *arguments),
         env=environment,
@@ -61,7 +64,9 @@ async def command(*arguments: str, environment: dict[str, str], cwd: Path, secon
             process.kill()
             await process.wait()
     assert process.returncode is not None
-    return Done(process.returncode, (first + out).decode(), err.decode())
+    done = Done(process.returncode, (first + out).decode(), err.decode())
+    assert not (said := secrets_in(f"{done.out}\n{done.err}", environment)), said
+    return done
 
 
 @pytest.fixture
