@@ -1,6 +1,7 @@
 """How many steps our worker does, and how soon it begins, beside procrastinate's worker on the same PostgreSQL.
 
     python -m tests.bench.job_table [--quick]
+    python -m tests.bench.job_table --profile 10     where a turn with so many places spends its time
 
 Steps and tasks do nothing, so what is measured is the table of jobs and the loop around it. A job of ours is six
 steps, each claimed, performed and moved; one of procrastinate's is fetched, performed and finished once. So moves are
@@ -12,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import cProfile
 import os
+import pstats
 import statistics
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -134,8 +137,8 @@ class Ours:
                 await asyncio.gather(task, return_exceptions=True)
 
 
-async def throughput(side: Side, jobs: int, places: int) -> float:
-    """Return how many jobs a second the worker brings to their end, its own start included."""
+async def filled(side: Side, jobs: int) -> None:
+    """Leave so many jobs, and nothing else, to be done."""
     await side.empty()
     names = iter(f"job {number}" for number in range(jobs))
 
@@ -144,6 +147,11 @@ async def throughput(side: Side, jobs: int, places: int) -> float:
             await side.make(name)
 
     await asyncio.gather(*(some() for _ in range(_CONNECTIONS)))
+
+
+async def throughput(side: Side, jobs: int, places: int) -> float:
+    """Return how many jobs a second the worker brings to their end, its own start included."""
+    await filled(side, jobs)
     began = time.perf_counter()
     async with side.working(places):
         await _until(side, jobs)
@@ -217,6 +225,48 @@ async def bench(options: argparse.Namespace) -> None:
         _tell_waits(waits)
 
 
+async def profile(options: argparse.Namespace) -> None:
+    """Say where a turn of each side spends its time: in this process, in PostgreSQL's, or in waiting."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("error"))
+    table = Table(title=f"{options.profile} places, {options.jobs} jobs a turn, in seconds; ms of processor a step")
+    for heading in ("", "wall", "this process", "PostgreSQL", "steps", "this process, ms", "PostgreSQL, ms"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    async with sides() as both:
+        for name, side in both.items():
+            await throughput(side, 100, options.profile)  # to warm up
+            await filled(side, options.jobs)
+            wall, own, servers = time.perf_counter(), time.process_time(), _postgres_seconds()
+            async with side.working(options.profile):
+                await _until(side, options.jobs)
+            spent = [
+                time.perf_counter() - wall,
+                time.process_time() - own,
+                _postgres_seconds() - servers,
+            ]
+            steps = options.jobs * (MOVES if name == "ours" else 1)
+            each = [f"{seconds / steps * 1000:.2f}" for seconds in spent[1:]]
+            table.add_row(name, *(f"{seconds:.2f}" for seconds in spent), f"{steps:,}", *each)
+        await filled(both["ours"], options.jobs)
+        profiler = cProfile.Profile()
+        async with both["ours"].working(options.profile):
+            profiler.enable()
+            await _until(both["ours"], options.jobs)
+            profiler.disable()
+    _OUT.print(table)
+    pstats.Stats(profiler, stream=sys.stdout).sort_stats("tottime").print_stats(20)
+
+
+def _postgres_seconds() -> float:
+    """Return the processor time of all of PostgreSQL's processes on this machine."""
+    ticks = 0
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            name, _, rest = entry.read_text().rpartition(")")
+            if name.endswith("(postgres"):
+                ticks += sum(map(int, rest.split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def _tell_rates(rates: dict[str, list[float]], places: int, jobs: int) -> None:
     table = Table(title=f"{places} places, {jobs} jobs a turn, {len(rates['ours'])} turns each")
     for heading in ("", "steps/s", "least to most", "jobs/s", "steps to its jobs", "least to most", "jobs to jobs"):
@@ -278,10 +328,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1000, help="of each turn")
     parser.add_argument("--single", type=int, default=100, help="jobs one at a time, of each turn")
     parser.add_argument("--places", type=int, nargs="+", default=[10, 30], help="jobs at once")
+    parser.add_argument("--profile", type=int, metavar="PLACES", help="instead, where a turn spends its time")
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.jobs, options.single = 3, 300, 40
-    asyncio.run(bench(options))
+    asyncio.run(profile(options) if options.profile else bench(options))
 
 
 if __name__ == "__main__":
