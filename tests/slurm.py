@@ -215,7 +215,7 @@ class Cluster:
     def start_accounting(self) -> None:
         """Start slurmdbd."""
         self._spawn("slurmdbd", "slurmdbd", "-D")
-        until(lambda: "rror" not in self.run("sacctmgr", "-n", "show", "cluster"), "slurmdbd")
+        until(lambda: "rror" not in self.run("sacctmgr", "-n", "show", "cluster"), "slurmdbd", 2 * _READY_SECONDS)
 
     def _all_idle(self) -> bool:
         return sorted(self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%N=%T").split()) == [

@@ -79,12 +79,14 @@ def granted_to(job: Job) -> Resources:
 class Control:
     """What a step tells the worker, and the worker the step, while it runs.
 
-    `alone`: the job's work may be what ends the process, so that nothing else is worked at beside it.
+    `alone`: the job's work may be what ends the process, so that nothing else is worked at beside it. `is_over`: the
+    step has ended, and what came of it is being written.
     """
 
     progress: Progress = field(default_factory=Progress)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     alone: bool = False
+    is_over: bool = False
 
 
 class Step(Protocol):

@@ -9,12 +9,12 @@ from agent.domain.job import State
 from agent.settings import AgentSettings
 
 STAGING = "max_staging"
-LATER = ("max_running", "max_collecting")
+LATER = ("most_running", "max_collecting")
 _OF = {
     State.QUEUED: STAGING,
     State.STAGING: STAGING,
-    State.LAUNCHING: "max_running",
-    State.RUNNING: "max_running",
+    State.LAUNCHING: "most_running",
+    State.RUNNING: "most_running",
     State.COLLECTING: "max_collecting",
     State.REPORTING: "max_collecting",
 }
@@ -22,7 +22,7 @@ _OF = {
 # Whose due jobs take a free place of it. Those that run have one, and those that are queued are let in in an order.
 _TAKEN_BY: Mapping[str, Collection[State]] = {
     STAGING: (State.STAGING,),
-    "max_running": (State.LAUNCHING,),
+    "most_running": (State.LAUNCHING,),
     "max_collecting": (State.COLLECTING, State.REPORTING),
 }
 

@@ -205,7 +205,7 @@ class Worker:
         await self._claim_due([STAGING])
         settings, free = self._context.settings, self._places.free(STAGING, self._states())
         if free > 0 and self._admits:
-            ahead, suspects_from = settings.max_staging + settings.max_running, self._limits.suspects_from
+            ahead, suspects_from = settings.max_staging + settings.most_running, self._limits.suspects_from
             self._begin(
                 await self._context.jobs.claim_queued(
                     free, self._lease_seconds, self._place, ahead=ahead, suspects_from=suspects_from
@@ -263,11 +263,14 @@ class Worker:
             control = Control(alone=alone)
             if claim.job.cancel_requested:
                 control.cancelled.set()
-            task = asyncio.create_task(self._hold(claim, control), name=f"{claim.job.state} {claim.job.id}")
+            earlier = self._held.get(claim.job.id)
+            task = asyncio.create_task(self._hold(claim, control, earlier), name=f"{claim.job.state} {claim.job.id}")
             self._held[claim.job.id] = _Held(claim, control, task, time.monotonic())
 
-    async def _hold(self, claim: Claim, control: Control) -> None:
+    async def _hold(self, claim: Claim, control: Control, earlier: _Held | None = None) -> None:
         job, kept = claim.job, None
+        if earlier is not None:
+            await _ended(earlier)
         trial = asyncio.create_task(self._trial(claim, control)) if control.alone else None
         with structlog.contextvars.bound_contextvars(
             job_id=job.id, activity_id=job.activity_id, state=str(job.state), attempt=job.attempt
@@ -314,6 +317,7 @@ class Worker:
         outcome: Outcome | None = set_aside(claim.job, self._limits)
         if outcome is None:
             outcome = await perform(self._context, claim, control, self._teller.database, self._lease_seconds)
+        control.is_over = True
         job = claim.job
         if job.cancel_requested != control.cancelled.is_set():  # somebody asked meanwhile
             job = replace(job, cancel_requested=control.cancelled.is_set())
@@ -367,3 +371,10 @@ class Worker:
             await self._context.jobs.release(claim)
             self._places.anybody_may_wait()
             self._lost.remove(claim)  # others may have come meanwhile
+
+
+async def _ended(earlier: _Held) -> None:
+    """Wait until a step is over whose lease was lost without its noticing: two at once would make everything twice."""
+    if not earlier.control.is_over:
+        earlier.task.cancel()
+    await asyncio.gather(earlier.task, return_exceptions=True)

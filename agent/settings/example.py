@@ -19,6 +19,7 @@ _HEAD = """\
 """
 # What settings without a default may look like.
 _EXAMPLES: dict[str, Any] = {
+    "agent_max_running": 4,
     "ovation_token": "eyJ...",
     "ovation_client_id": "...",
     "ovation_client_secret": "...",

@@ -38,7 +38,7 @@ from agent.settings.types import (
     webhook_key,
 )
 
-_RUNNING_IN_SLURM = 500
+_RUNNING_HERE, _RUNNING_IN_SLURM = 2, 500
 
 
 def _pair(name: str, value: object, other_name: str, other: object) -> None:
@@ -135,8 +135,8 @@ class AgentSettings(_Group):
         100, description="Activities that a walk has looked at although nothing says that they changed."
     )
     max_staging: Count = Field(4, description="Jobs that fetch their files at the same time.")
-    max_running: Count = Field(
-        2, description="Containers that run, or wait in Slurm, at the same time. With Slurm the default is 500."
+    max_running: Count | None = Field(
+        None, description="Containers that run, or wait in Slurm, at the same time. Unset: 2, and 500 with Slurm."
     )
     cpus: Count | None = Field(None, description="CPUs of a run whose image and Activity wish for none.")
     memory_bytes: Bytes | None = Field(None, description="Memory of a run whose image and Activity wish for none.")
@@ -221,12 +221,12 @@ class AgentSettings(_Group):
     log_format: Literal["auto", "json", "console"] = Field("auto", description="`auto`: console on a terminal.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _a_cluster_runs_more(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("executor") == "slurm":
-            return {"max_running": _RUNNING_IN_SLURM} | given
-        return given
+    @property
+    def most_running(self) -> int:
+        """How many containers run, or wait in Slurm, at the same time."""
+        if self.max_running is not None:
+            return self.max_running
+        return _RUNNING_IN_SLURM if self.executor == "slurm" else _RUNNING_HERE
 
     @property
     def given(self) -> Resources:

@@ -17,8 +17,10 @@ from agent.domain.job import Done, Verdict
 from agent.pipeline.context import Control
 from agent.pipeline.launch import launch
 from agent.sandbox.faults import FaultKind
+from agent.settings import AgentSettings
 from tests.agents import until
 from tests.lab import Lab, laboratory
+from tests.workers import PLAN
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -233,7 +235,7 @@ async def test_at_any_moment(lab: Lab, seconds: float) -> None:
     assert not is_running(job["id"].encode())
 
 
-async def test_while_its_image_is_read(lab: Lab) -> None:
+async def test_while_its_image_is_read(lab: Lab, tmp_path: Path) -> None:
     """The container is not started when its end was asked for by then."""
     control = Control()
 
@@ -247,9 +249,16 @@ async def test_while_its_image_is_read(lab: Lab) -> None:
             control.cancelled.set()
             return ImageFacts({}, "", "")
 
+        async def cannot_keep(self, _resources: object) -> list[str]:
+            return []
+
     del lab
-    request = SimpleNamespace(image=Path("a.sif"))
-    context = SimpleNamespace(executor=Reading(), run_request=lambda _job: request)
-    assert await launch(cast("Any", context), cast("Any", SimpleNamespace(job=None)), control) == Done(
-        verdict=Verdict.CANCELLED
+    job = SimpleNamespace(plan=PLAN, id="a-job")
+    context = SimpleNamespace(
+        executor=Reading(),
+        run_request=lambda _job: SimpleNamespace(image=tmp_path / "related" / "a.sif"),
+        settings=AgentSettings(),
+        layout=lambda _job: SimpleNamespace(root=tmp_path),
     )
+    ended = await launch(cast("Any", context), cast("Any", SimpleNamespace(job=job)), control)
+    assert ended == Done(verdict=Verdict.CANCELLED)

@@ -95,6 +95,34 @@ async def test_a_job_that_is_claimed_anew_before_its_former_step_has_returned_is
     assert most == 1
 
 
+async def test_a_step_whose_lease_was_lost_unnoticed_is_over_before_its_job_is_begun_again(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once, most, began = 0, 0, 0
+
+    async def long(_context: Context, _claim: Claim, _control: Control) -> Outcome:
+        nonlocal at_once, most, began
+        at_once, began = at_once + 1, began + 1
+        most = max(most, at_once)
+        try:
+            await asyncio.sleep(1.0)
+        finally:
+            at_once -= 1
+        return Done()
+
+    set_steps(monkeypatch, {State.REPORTING: long})
+    async with machine(database) as here:
+        job_id = await make_job(database, "a")
+        await until(lambda: _is_held(here, job_id, State.REPORTING), "it is being told")
+        async with database.connection() as connection:  # as another agent does, while this one is asleep
+            await connection.execute(
+                "UPDATE jobs SET lease_until = NULL, lease_holder = NULL, lease_token = lease_token + 1"
+            )
+        here.worker._wake_for_books()
+        await here.reach(job_id, State.SUCCEEDED)
+    assert (began, most) == (2, 1)
+
+
 async def test_what_a_worker_has_lost_is_given_back_whatever_else_it_loses_meanwhile(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

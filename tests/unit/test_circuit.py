@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import math
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -39,7 +40,9 @@ class Time:
             await asyncio.sleep(0)
             return
         awake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._sleepers, (self.now + seconds, next(self._order), awake))
+        # What is left of a long wait may be too little to change the clock's figure: some time passes all the same.
+        at = max(self.now + seconds, math.nextafter(self.now, math.inf))
+        heapq.heappush(self._sleepers, (at, next(self._order), awake))
         await awake
 
     async def go_on(self, seconds: float) -> None:

@@ -55,7 +55,7 @@ def test_nothing_is_asked_for_where_nobody_waits_or_no_place_is_free(places: Pla
     assert places.to_ask_for(LATER, []) == {}
     places.arrives(State.LAUNCHING)
     assert places.to_ask_for(LATER, [_RUNS, _RUNS]) == {}
-    assert places.to_ask_for(LATER, [_RUNS]) == {"max_running": ((State.LAUNCHING,), 1)}
+    assert places.to_ask_for(LATER, [_RUNS]) == {"most_running": ((State.LAUNCHING,), 1)}
 
 
 def test_a_stage_is_waited_for_until_a_claim_leaves_places_free(places: Places) -> None:
