@@ -54,6 +54,7 @@ class Desk:
             agent_environment(lab.sandbox.environment(), lab.directory / "agent", AGENT_PORT=self.port),
             lab.directory / "agent" / "agent.log",
         )
+        lab.agents.append(lab.agent)  # to be stopped in the end
 
     async def begin(self, *arguments: str) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
