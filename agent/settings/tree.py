@@ -170,7 +170,7 @@ class AgentSettings(_Group):
     )
     node_dir: Directory = Field(
         Path("/tmp"),  # noqa: S108 a directory of the agent's own is made there
-        description='A directory on the compute nodes\' own disks, for `staging = "node"`.',
+        description="A directory on the compute nodes' own disks, where `staging` is `node`.",
     )
     node_margin_seconds: SomeSeconds = Field(
         3600, description="Time that a batch job is given beside the run's, to fetch and deliver on the node."
