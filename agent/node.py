@@ -44,6 +44,7 @@ _LOOK_SECONDS = 1.0
 _SOON_SECONDS = 0.2
 _LOST_SECONDS = 600.0  # the database is away for so long: the run ends here, and may begin anew elsewhere
 _CONTAINER_SECONDS = 20.0
+_CONNECTIONS = 2  # there may be hundreds of programs like this one on one PostgreSQL
 _LOGS = ("stdout.log", "stderr.log")
 # What the program on the node has no use for: the front door is elsewhere.
 _NOT_NEEDED = frozenset(
@@ -121,7 +122,7 @@ class _Visit:
             search_path=_search_path(self._settings.agent.slurm_apptainer),
         )
         await executor.check()  # a node where nothing runs is told of at once, and the run goes to another
-        async with open_parties(self._settings) as parties:
+        async with open_parties(self._settings, _CONNECTIONS) as parties:
             context = context_of(self._settings, parties, executor, self._data_dir, on_node=True)
             if not await goes_on(parties.database, self._place):
                 return NOTHING_TO_DO

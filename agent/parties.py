@@ -24,7 +24,7 @@ from agent.adapters.slurm import SlurmExecutor, SlurmSettings
 from agent.adapters.traffic import Traffic
 from agent.adapters.upload import Uploader
 from agent.db.connect import connect
-from agent.db.database import Database
+from agent.db.database import CONNECTIONS, Database
 from agent.db.jobs import Jobs
 from agent.db.outputs import Outputs
 from agent.domain.container import User
@@ -48,14 +48,14 @@ class Parties:
 
 
 @asynccontextmanager
-async def open_parties(settings: Settings) -> AsyncIterator[Parties]:
-    """Open what is outside, and close it in turn.
+async def open_parties(settings: Settings, connections: int = CONNECTIONS) -> AsyncIterator[Parties]:
+    """Open what is outside, with so many connections to the database at most, and close it in turn.
 
     Raises:
         ConfigurationError, DatabaseError: it cannot be opened; the message says why.
     """
     async with AsyncExitStack() as stack:
-        database: Database = await stack.enter_async_context(connect(settings.agent))
+        database: Database = await stack.enter_async_context(connect(settings.agent, connections))
         await database.check()
         store = Circuit(OBJECT_STORE, StorageUnavailable)
         ovation = await stack.enter_async_context(

@@ -49,6 +49,9 @@ async def translated(target: str) -> AsyncIterator[None]:
         raise DatabaseError(f"PostgreSQL at {target} cannot be reached: {error}") from None
 
 
+CONNECTIONS = 8
+
+
 class Queries:
     """The queries of queries.sql on one connection, each checked for the lease where it has one."""
 
@@ -78,7 +81,7 @@ class Database:
         self._timeout_seconds = timeout_seconds
 
     @classmethod
-    async def open(cls, dsn: str, target: str, *, size: int = 8, timeout_seconds: float = 10) -> Self:
+    async def open(cls, dsn: str, target: str, *, size: int = CONNECTIONS, timeout_seconds: float = 10) -> Self:
         """Connect.
 
         Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -17,8 +18,13 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def lab(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Lab]:
-    async with laboratory(tmp_path_factory.mktemp("lab"), AGENT_MAX_RUNNING="4") as opened:
-        yield opened
+    before = os.umask(0o077)  # of whoever starts the agent: its containers read what is staged all the same
+    try:
+        async with laboratory(tmp_path_factory.mktemp("lab"), AGENT_MAX_RUNNING="4") as opened:
+            os.umask(before)
+            yield opened
+    finally:
+        os.umask(before)
 
 
 async def test_results_come_back(lab: Lab) -> None:

@@ -52,8 +52,8 @@ def installed(world: World) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def _connect(settings: AgentSettings) -> AsyncIterator[Database]:
-    del settings
+async def _connect(settings: AgentSettings, size: int) -> AsyncIterator[Database]:
+    del settings, size
     yield agent_of().database()
 
 
