@@ -269,13 +269,13 @@ class Worker:
 
     async def _hold(self, claim: Claim, control: Control, earlier: _Held | None = None) -> None:
         job, kept = claim.job, None
-        if earlier is not None:
-            await _ended(earlier)
         trial = asyncio.create_task(self._trial(claim, control)) if control.alone else None
         with structlog.contextvars.bound_contextvars(
             job_id=job.id, activity_id=job.activity_id, state=str(job.state), attempt=job.attempt
         ):
             try:
+                if earlier is not None:
+                    await _ended(earlier)
                 kept = await self._work(claim, control)
             except LeaseLost as error:
                 self._lost.append(claim)
@@ -376,5 +376,6 @@ class Worker:
 async def _ended(earlier: _Held) -> None:
     """Wait until a step is over whose lease was lost without its noticing: two at once would make everything twice."""
     if not earlier.control.is_over:
+        logger().warning("lease_lost", error="it was taken anew while its former step was still under way")
         earlier.task.cancel()
     await asyncio.gather(earlier.task, return_exceptions=True)

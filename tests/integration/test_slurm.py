@@ -22,13 +22,11 @@ from agent.adapters import runner
 from agent.adapters.executor import Ended, Ending, NotStarted, Running, RunRequest
 from agent.adapters.slurm import SlurmExecutor
 from agent.adapters.slurm_records import SUBMITTED, SUBMITTING
-from agent.domain.container import judge
-from agent.domain.job import FaultClass
 from agent.domain.resources import Resources
 from agent.domain.slurm import Site, script, submission
 from agent.errors import ExecutorUnavailable
 from tests.containers import container_pid, make_request, processes_with, runner_pid, until
-from tests.slurm import Cluster, can_keep_memory, cluster, quick
+from tests.slurm import Cluster, cluster, quick
 
 
 @pytest.fixture(scope="module")
@@ -105,46 +103,6 @@ async def killed_at_the_end(run: Run) -> AsyncIterator[None]:
 async def test_that_there_is_no_accounting_is_no_trouble(slurm: Cluster, tmp_path: Path) -> None:
     client = a_run(tmp_path, slurm).executor.client
     assert (await client.accounting()).startswith("there is none")
-
-
-@pytest.fixture(scope="module")
-def thrifty() -> Iterator[Cluster]:
-    with cluster(keeps_memory=True) as made:
-        yield made
-
-
-_TAKES_MEMORY = "x=$(head -c 200000000 /dev/zero | tr '\\0' a); echo ${#x}"
-
-
-@pytest.mark.skipif(not can_keep_memory(), reason="Slurm cannot keep jobs to their memory on this machine")
-async def test_a_run_that_takes_more_memory_than_it_was_given(tmp_path: Path, thrifty: Cluster) -> None:
-    run = a_run(tmp_path, thrifty)
-    request = make_request(tmp_path / "takes", _TAKES_MEMORY)
-    run.request = replace(
-        request, name=run.request.name, time_limit_seconds=600, resources=Resources(memory_bytes=64 << 20)
-    )
-    await run.executor.start(run.request)
-    end = await run.end()
-    judgement = judge(end.ending, end.exit_code, run.request.stderr.read_text(), detail=end.detail)
-    assert judgement.fault is not None
-    assert judgement.fault.cls is FaultClass.MEMORY
-    await until(lambda: thrifty.jobs()[run.request.name] == "OUT_OF_MEMORY")
-
-
-@pytest.mark.skipif(not can_keep_memory(), reason="Slurm cannot keep jobs to their memory on this machine")
-async def test_a_run_whose_runner_memory_took_along(tmp_path: Path, thrifty: Cluster) -> None:
-    run = a_run(tmp_path, thrifty)
-    script = f"( {_TAKES_MEMORY} ); echo begun; while [ ! -e /inputs/go ]; do sleep 0.05; done"
-    request = make_request(tmp_path / "takes", script)
-    run.request = replace(
-        request, name=run.request.name, time_limit_seconds=600, resources=Resources(memory_bytes=64 << 20)
-    )
-    async with killed_at_the_end(run):
-        await run.begin()  # by now something of it was killed
-        run.kill_all()
-        end = await run.end()
-    assert end.ending is Ending.MEMORY
-    assert "more memory" in (end.detail or "")
 
 
 async def test_what_slurm_rejects_is_refused_with_its_words(tmp_path: Path, slurm: Cluster) -> None:
@@ -314,7 +272,7 @@ async def test_two_hundred_at_once_are_two_hundred_runs(tmp_path: Path, slurm: C
     await asyncio.gather(*(executor.start(request) for request in requests))
     ends = await asyncio.gather(*(executor.wait(request, 100) for request in requests))
     ticks = (time.monotonic() - began) / executor._settings.tick_seconds
-    assert [end.exit_code for end in ends if isinstance(end, Ended)] == [0] * 200
+    assert [end for end in ends if not isinstance(end, Ended) or end.exit_code != 0] == []
     assert [(request.outputs / "times").read_text() for request in requests] == ["x\n"] * 200
     assert [request.stdout.read_text() for request in requests] == [f"{number}\n" for number in range(200)]
     names = slurm.run("squeue", "-h", "-a", "-t", "all", "-o", "%j").split()
