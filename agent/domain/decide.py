@@ -171,9 +171,13 @@ def _lost(job: Job, lost: Lost, limits: Limits) -> Move:
         return replace(_end_before_delivery(job, lost.fault), verdict=job.verdict or Verdict.CANCELLED, fault=job.fault)
     if job.launch > limits.node_retries or State.STAGING not in TRANSITIONS[job.state]:
         return _end_before_delivery(job, lost.fault)
-    again = _end_before_delivery(job, lost.fault)
+    return _again(job, lost.fault)
+
+
+def _again(job: Job, fault: Fault) -> Move:
+    """Begin anew with staging, as the next launch."""
     return replace(
-        again,
+        _end_before_delivery(job, fault),
         state=State.STAGING,
         launch=job.launch + 1,
         verdict=job.verdict,
@@ -196,16 +200,7 @@ def _node_over(job: Job, over: NodeOver, limits: Limits) -> Move:
         return replace(_stay(job, 0, 0, over.fault.message), verdict=stood, fault=job.fault or over.fault)
     verdict = job.verdict or (Verdict.CANCELLED if job.cancel_requested else over.verdict)
     if verdict is Verdict.FAILED and over.again and job.launch <= limits.node_retries:
-        again = _end_before_delivery(job, over.fault)
-        return replace(
-            again,
-            state=State.STAGING,
-            launch=job.launch + 1,
-            verdict=job.verdict,
-            fault=job.fault,
-            native_id=None,
-            started_at=None,
-        )
+        return _again(job, over.fault)
     fault = None if verdict is Verdict.CANCELLED else over.fault
     return replace(_end_before_delivery(job, over.fault), verdict=verdict, fault=job.fault or fault)
 

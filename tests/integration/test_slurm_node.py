@@ -61,6 +61,17 @@ class NodeLab:
 
         return await until(look, f"launch {launch} of {activity_id}", self.lab.agent.log)
 
+    async def held(self, activity_id: str) -> dict[str, Any]:
+        """Wait until Slurm holds the batch job, and people see it."""
+
+        async def look() -> dict[str, Any] | None:
+            for job in await self.lab.agent.jobs(activity_id):
+                if "scontrol release" in (job["waiting_for"] or ""):
+                    return job
+            return None
+
+        return await until(look, "what it waits for", self.lab.agent.log)
+
     async def saved(self, job_id: str, launch: int = 1) -> None:
         """Wait until the agent's machine has what the container has said."""
         log = self.lab.data_dir / "jobs" / job_id / f"run-{launch}" / "stdout.log"
@@ -185,17 +196,11 @@ async def test_an_agent_that_is_killed_before_it_submits_submits_once(
         lab = nodes.lab
         activity_id = lab.activity("echo hello")
 
-        async def held() -> dict[str, Any] | None:
-            for job in await lab.agent.jobs(activity_id):
-                if "scontrol release" in (job["waiting_for"] or ""):
-                    return job
-            return None
-
-        job = await until(held, "what it waits for", lab.agent.log)
+        job = await nodes.held(activity_id)
         assert job["state"] == "staging"
         await lab.agent.kill()
         await nodes.restarted()
-        await until(held, "what it waits for", lab.agent.log)
+        await nodes.held(activity_id)
         [name] = [name for name in slurm.jobs() if job["id"] in name]
         slurm.run("scontrol", "release", *slurm.ids(name))
         done = await lab.agent.job(activity_id)
@@ -221,13 +226,7 @@ async def test_cancel_before_it_begins_takes_it_out_of_the_queue(
         lab = nodes.lab
         activity_id = lab.activity("echo hello")
 
-        async def submitted() -> dict[str, Any] | None:
-            for job in await lab.agent.jobs(activity_id):
-                if "scontrol release" in (job["waiting_for"] or ""):
-                    return job
-            return None
-
-        job = await until(submitted, "what it waits for", lab.agent.log)
+        job = await nodes.held(activity_id)
         assert (await lab.agent.call("POST", f"/api/jobs/{job['id']}/cancel"))[0] == 202
         assert (await lab.agent.job(activity_id))["state"] == "cancelled"
         await nodes.closed()
