@@ -24,6 +24,7 @@ from agent.sandbox.sample.image import clean
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 _OURS = ("OVATION_", "AGENT_", "AWS_", "JWT_")
 _POLL_SECONDS = 0.05
+_MOMENT_SECONDS = 1.0
 _SANDBOX_SECONDS = 30
 _IMAGE_SECONDS = 300
 _AGENT_SECONDS = 60
@@ -120,6 +121,13 @@ class Services:
         for child, what in ((self._sandbox, "the sandbox"), (self._agent, "the agent")):
             if child is not None:
                 _require(child, what)
+
+    async def require_all_for_a_moment(self) -> None:
+        """The same, of services that may be ending just now: their connections break before they have ended."""
+        until = time.monotonic() + _MOMENT_SECONDS
+        while time.monotonic() < until:
+            self.require_all()
+            await asyncio.sleep(_POLL_SECONDS)
 
     @property
     def agent_is_running(self) -> bool:

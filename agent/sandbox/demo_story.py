@@ -79,7 +79,7 @@ class Story:
                 return await self._see_to_the_end(person, client)
         except DemoFailed:
             # When a service has ended, that is the reason, and its log says more than the call that failed.
-            self._services.require_all()
+            await self._services.require_all_for_a_moment()
             raise
         finally:
             image.cancel()
