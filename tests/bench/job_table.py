@@ -85,7 +85,7 @@ class Ours:
         """Forget all jobs."""
         self.begun.clear()
         async with self.database.connection() as connection:
-            await connection.execute("TRUNCATE jobs, job_events, outputs, watched, deliveries")
+            await connection.execute("TRUNCATE jobs, node_runs, job_events, outputs, watched, deliveries")
 
     async def make(self, name: str) -> None:
         """Make a job as the evaluator does, after a hint on its Activity."""
