@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -55,3 +55,14 @@ def _newest_binaries() -> Path:
     if not found:
         raise RuntimeError("Debian's PostgreSQL server is not installed: config/setup --dev installs it")
     return found[-1].parent
+
+
+def processor_seconds() -> float:
+    """Return the processor time of all of PostgreSQL's processes on this machine."""
+    ticks = 0
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            name, _, rest = entry.read_text().rpartition(")")
+            if name.endswith("(postgres"):
+                ticks += sum(map(int, rest.split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")

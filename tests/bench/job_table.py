@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -45,7 +45,7 @@ from agent.pipeline.context import Context, Control
 from agent.pipeline.worker import Worker
 from agent.settings import AgentSettings
 from tests.bench.peer import theirs
-from tests.postgres import debian_server
+from tests.postgres import debian_server, processor_seconds
 from tests.workers import PLAN, done
 
 MOVES = 6
@@ -235,13 +235,13 @@ async def profile(options: argparse.Namespace) -> None:
         for name, side in both.items():
             await throughput(side, 100, options.profile)  # to warm up
             await filled(side, options.jobs)
-            wall, own, servers = time.perf_counter(), time.process_time(), _postgres_seconds()
+            wall, own, servers = time.perf_counter(), time.process_time(), processor_seconds()
             async with side.working(options.profile):
                 await _until(side, options.jobs)
             spent = [
                 time.perf_counter() - wall,
                 time.process_time() - own,
-                _postgres_seconds() - servers,
+                processor_seconds() - servers,
             ]
             steps = options.jobs * (MOVES if name == "ours" else 1)
             each = [f"{seconds / steps * 1000:.2f}" for seconds in spent[1:]]
@@ -254,17 +254,6 @@ async def profile(options: argparse.Namespace) -> None:
             profiler.disable()
     _OUT.print(table)
     pstats.Stats(profiler, stream=sys.stdout).sort_stats("tottime").print_stats(20)
-
-
-def _postgres_seconds() -> float:
-    """Return the processor time of all of PostgreSQL's processes on this machine."""
-    ticks = 0
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            name, _, rest = entry.read_text().rpartition(")")
-            if name.endswith("(postgres"):
-                ticks += sum(map(int, rest.split()[11:13]))
-    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _tell_rates(rates: dict[str, list[float]], places: int, jobs: int) -> None:

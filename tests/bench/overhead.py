@@ -33,7 +33,7 @@ from agent.sandbox.server import Sandbox
 from tests.agents import WEBHOOK_KEY, AgentProcess, running_agent, until
 from tests.images import images, write_script
 from tests.lab import Lab
-from tests.postgres import debian_server
+from tests.postgres import debian_server, processor_seconds
 
 GOAL_SECONDS = 0.15
 GOAL_SHARE = 0.8
@@ -128,7 +128,12 @@ class Bench:
         """Return what each party has had of the processors so far; containers and their runners are not in it."""
         fields = Path(f"/proc/{self._agent.process.pid}/stat").read_text().rpartition(")")[2].split()
         own, children = (sum(map(int, fields[first : first + 2])) / os.sysconf("SC_CLK_TCK") for first in (11, 13))
-        return {"agent": own, "its programs": children, "sandbox and bench": time.process_time()}
+        return {
+            "agent": own,
+            "its programs": children,
+            "PostgreSQL": processor_seconds(),
+            "sandbox and bench": time.process_time(),
+        }
 
     async def tell(self, activity_id: str) -> float:
         """Send its webhook; return when that was accepted."""
