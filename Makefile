@@ -31,10 +31,11 @@ setup-dev:  ## The same, and what check and test need
 demo: setup  ## Do the main job here, with a stand-in for Ovation: no configuration, no account
 	@$(BIN)/ovation-agent demo $(ARGS)
 
-# All of them in a process a core, whole files each: modules share agents and clusters.
+# All of them in a process a core, whole files each: modules share agents and clusters. CI (CI=true) takes twice the time
+# and one process, where no test has another's load beside it.
 .PHONY: test
 test: setup-dev  ## Run all tests, on the real parts
-	@$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),--numprocesses=auto --maxprocesses=4 --dist=loadfile)
+	@$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),$(if $(CI),,--numprocesses=auto --maxprocesses=4 --dist=loadfile))
 
 .PHONY: chaos
 chaos: setup-dev  ## Kill agents at every moment, and more than 500 times; check after each round what is promised
