@@ -305,8 +305,8 @@ WHERE id = :id AND lease_token = :lease_token AND lease_until IS NOT NULL;
 WITH moves AS (
     SELECT * FROM jsonb_to_recordset(:moves::jsonb) AS m (
         id uuid, lease_token bigint, from_state text, state text, wait float8, attempt integer, launch integer,
-        waiting_for text, waiting_party text, elsewhere boolean, place text, verdict text, fault_class text, fault_message text,
-        exit_code integer, native_id text, started_at timestamptz, terminal boolean, keep float8, note text,
+        waiting_for text, waiting_party text, elsewhere boolean, place text, verdict text, fault_class text,
+        fault_message text, exit_code integer, native_id text, started_at timestamptz, terminal boolean, keep float8, note text,
         done jsonb, resources jsonb)),
 before AS (
     SELECT id, j.state, j.attempt, j.launch, j.lease_holder AS holder,
@@ -333,7 +333,8 @@ moved AS (
     WHERE j.id = ANY(ARRAY(SELECT b.id FROM before b)) AND j.id = m.id
         AND j.lease_token = m.lease_token AND j.state = m.from_state AND j.lease_until IS NOT NULL
     RETURNING j.id, j.state, j.attempt, j.launch, j.waiting_for, m.note, m.done, cancel_requested, folder_id,
-        m.place AS node, before.holder, due_at, lease_until, coalesce(j.waiting_party, split_part(j.waiting_for, ',', 1)) AS waits),
+        m.place AS node, before.holder, due_at, lease_until,
+        coalesce(j.waiting_party, split_part(j.waiting_for, ',', 1)) AS waits),
 handed_over AS (
     INSERT INTO node_runs (place, job_id, agent) SELECT node, id, holder FROM moved WHERE node IS NOT NULL),
 told AS (
@@ -554,7 +555,8 @@ UPDATE node_runs SET directory = coalesce(directory, :directory) WHERE place = :
 -- name: node_run_waits!
 -- What a batch job waits for before it begins.
 UPDATE jobs SET waiting_for = :waiting_for
-WHERE id = :id AND place = :place AND state = 'staging' AND lease_until IS NULL AND waiting_for IS DISTINCT FROM :waiting_for;
+WHERE id = :id AND place = :place AND state = 'staging' AND lease_until IS NULL
+    AND waiting_for IS DISTINCT FROM :waiting_for;
 
 -- name: take_from_node^
 -- Take a job back from a compute node that works at it no more.
