@@ -200,10 +200,10 @@ class Cluster:
         ask = ["mariadb", "--no-defaults", "--user=root", at]
 
         def answers() -> bool:
-            return "1" in self.run(*ask, "--execute=SELECT 1")
+            return subprocess.run([*ask, "--execute=SELECT 1"], check=False, capture_output=True).returncode == 0
 
         until(answers, "mariadbd")
-        self.run(*ask, f"--execute={_DATABASE}")
+        subprocess.run([*ask, f"--execute={_DATABASE}"], check=True, capture_output=True)
         conf = self.place / "slurmdbd.conf"
         conf.write_text(
             _SLURMDBD.format(
@@ -215,7 +215,10 @@ class Cluster:
     def start_accounting(self) -> None:
         """Start slurmdbd."""
         self._spawn("slurmdbd", "slurmdbd", "-D")
-        until(lambda: "rror" not in self.run("sacctmgr", "-n", "show", "cluster"), "slurmdbd", 2 * _READY_SECONDS)
+        try:
+            until(lambda: "rror" not in self.run("sacctmgr", "-n", "show", "cluster"), "slurmdbd", 2 * _READY_SECONDS)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{(self.place / 'slurmdbd.out').read_text()[-2000:]}") from None
 
     def _all_idle(self) -> bool:
         return sorted(self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%N=%T").split()) == [
