@@ -101,6 +101,7 @@ class Database:
                 timeout=timeout_seconds,
                 command_timeout=timeout_seconds,
                 init=_prepare,
+                reset=_nothing_to_reset,
                 # Who is suspended in the middle of a transaction must not keep its rows from everybody else.
                 server_settings={
                     "application_name": "ovation-agent",
@@ -150,6 +151,14 @@ class Database:
 
 async def _prepare(connection: asyncpg.Connection) -> None:
     await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
+
+
+async def _nothing_to_reset(_connection: asyncpg.Connection) -> None:
+    """Spare four statements and a round trip for each time that a connection is lent.
+
+    Nobody leaves a setting, a cursor, a listener or an advisory lock on a connection: whoever needs one keeps it
+    within a transaction, and a transaction that is left open is rolled back by the pool whatever this does.
+    """
 
 
 def target_of(dsn: str) -> str:

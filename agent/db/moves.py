@@ -92,14 +92,8 @@ class Moves:
 
     async def _commit(self, movers: Sequence[_Mover]) -> dict[str, Row]:
         moves = [mover.move for mover in movers]
-        ended = [mover.job.activity_id for mover in movers if mover.move["state"] in TERMINAL]
-        if not ended:
-            async with self._database.queries() as queries:
-                return {str(row["id"]): row for row in await queries.rows("move_jobs", moves=moves)}
-        async with self._database.transaction() as queries:
-            rows = {str(row["id"]): row for row in await queries.rows("move_jobs", moves=moves)}
-            await queries.value("look_again", activity_ids=ended)
-        return rows
+        async with self._database.queries() as queries:
+            return {str(row["id"]): row for row in await queries.rows("move_jobs", moves=moves)}
 
 
 def _document(

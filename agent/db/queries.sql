@@ -64,12 +64,6 @@ UPDATE watched SET
 WHERE entity_id = :entity_id AND lease_token = :lease_token
 RETURNING entity_id;
 
--- name: look_again!
--- Runs of these Activities ended: judge what changed meanwhile. In the order of their ids, as everybody writes.
-WITH ended AS (
-    SELECT entity_id FROM watched WHERE entity_id = ANY(:activity_ids::text[]) ORDER BY entity_id FOR UPDATE)
-UPDATE watched SET due_at = now(), generation = generation + 1 WHERE entity_id IN (SELECT entity_id FROM ended);
-
 -- name: make_reconciliation_due!
 -- An agent starts: what happened while none ran is to be found now.
 UPDATE reconciliations SET due_at = now() WHERE due_at > now();
@@ -301,7 +295,8 @@ WHERE id = :id AND lease_token = :lease_token AND lease_until IS NOT NULL;
 -- name: move_jobs
 -- Fenced moves, each by itself, told in job_events when anything but the time changed. Those that were made come back:
 -- the lease of what is missing is another's now. One that keeps its lease is worked at on, in its next state.
--- Figures after a comma in what it waits for are like the time. In the order of their ids, as everybody writes.
+-- Figures after a comma in what it waits for are like the time. Where a run ended, what changed on its Activity meanwhile
+-- is to be judged. In the order of their ids, as everybody writes.
 WITH moves AS (
     SELECT * FROM jsonb_to_recordset(:moves::jsonb) AS m (
         id uuid, lease_token bigint, from_state text, state text, wait float8, attempt integer, launch integer,
@@ -333,8 +328,14 @@ moved AS (
     WHERE j.id = ANY(ARRAY(SELECT b.id FROM before b)) AND j.id = m.id
         AND j.lease_token = m.lease_token AND j.state = m.from_state AND j.lease_until IS NOT NULL
     RETURNING j.id, j.state, j.attempt, j.launch, j.waiting_for, m.note, m.done, cancel_requested, folder_id,
-        m.place AS node, before.holder, due_at, lease_until,
+        m.place AS node, before.holder, due_at, lease_until, CASE WHEN m.terminal THEN activity_id END AS ended_for,
         coalesce(j.waiting_party, split_part(j.waiting_for, ',', 1)) AS waits),
+looked_at AS (
+    SELECT entity_id FROM watched WHERE entity_id = ANY(ARRAY(SELECT ended_for FROM moved WHERE ended_for IS NOT NULL))
+    ORDER BY entity_id FOR UPDATE),
+look_again AS (
+    UPDATE watched SET due_at = now(), generation = generation + 1
+    WHERE entity_id = ANY(ARRAY(SELECT entity_id FROM looked_at))),
 handed_over AS (
     INSERT INTO node_runs (place, job_id, agent) SELECT node, id, holder FROM moved WHERE node IS NOT NULL),
 told AS (

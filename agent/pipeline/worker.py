@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import socket
 import time
@@ -68,6 +69,7 @@ class Worker:
         self._admits = not guest
         self._seen_at = float("-inf")
         self._books_at = float("-inf")  # when the books are to be kept next, and what needs no place is claimed
+        self._next_at: float | None = None  # when the next job falls due; to be asked for where it is not known
         self._places = Places(context.settings)
         self._suspects = True  # there may be some: the process before this one may have been killed
         self._teller = Teller()
@@ -110,8 +112,7 @@ class Worker:
                 try:
                     await self._turn()
                     if not self._wake.is_set():
-                        most = max(0.0, self._books_at - time.monotonic())
-                        seconds = await self._context.jobs.seconds_to_next(self._place, most)
+                        seconds = await self._seconds_to_next()
                     self._teller.database(None)
                 except DatabaseError as error:
                     self._books_at = float("-inf")
@@ -121,6 +122,7 @@ class Worker:
                         await self._wake.wait()
                 except TimeoutError:
                     self._places.anybody_may_wait()  # something is due
+                    self._next_at = None
         finally:
             await self._give_back()
 
@@ -160,6 +162,7 @@ class Worker:
         if is_full:
             self._places.anybody_may_wait()
             self._books_at = time.monotonic() + _IDLE_SECONDS
+            self._next_at = None
             await self._tidy()
         await self._release_lost()
         if self._stopping:
@@ -168,6 +171,18 @@ class Worker:
             await self._claim_free()
         if not await self._has_suspects():
             await self._claim()
+
+    async def _seconds_to_next(self) -> float:
+        """Return for how long to sleep. Between two keepings of the books only a worker's own moves change that."""
+        if self._next_at is None:
+            self._next_at = math.inf
+            seconds = await self._context.jobs.seconds_to_next(self._place, max(0.0, self._books_at - time.monotonic()))
+            self._falls_due_in(seconds)
+        return max(0.0, min(self._next_at, self._books_at) - time.monotonic())
+
+    def _falls_due_in(self, seconds: float) -> None:
+        if self._next_at is not None:
+            self._next_at = min(self._next_at, time.monotonic() + seconds)
 
     async def _tidy(self) -> None:
         """Keep the books before work is claimed: who is here, what was dropped, whose lease ran out."""
@@ -337,6 +352,8 @@ class Worker:
         )
         if keep is None:
             self._places.arrives(move.state)  # a claim may have been under way that did not see it yet
+            if move.wait_seconds > 0:
+                self._falls_due_in(move.wait_seconds)
         if isinstance(outcome, Outage) and self._back_at.get(outcome.party, float("-inf")) > began:
             self._back.add(outcome.party)  # it came back before this job was among those that wait
         seconds = time.monotonic() - began

@@ -55,6 +55,23 @@ async def test_every_query_can_be_prepared(database: Database) -> None:
             await connection.prepare(getattr(database_module._QUERIES, name).sql)
 
 
+async def test_a_query_is_one_statement_and_leaves_no_transaction_open(database_url: str) -> None:
+    database = await Database.open(database_url, "tests", size=1)
+    sent: list[str] = []
+    try:
+        async with database.connection() as connection:
+            connection.add_query_logger(lambda each: sent.append(each.query))
+        async with database.connection() as connection:
+            assert await connection.fetchval("SELECT 1") == 1
+        async with database.connection() as connection:
+            await connection.execute("BEGIN")
+        async with database.connection() as connection:
+            assert not connection.is_in_transaction()
+    finally:
+        await database.close()
+    assert sent == ["SELECT 1", "BEGIN", "ROLLBACK"]
+
+
 async def test_every_query_says_what_it_is_for() -> None:
     text = resources.files("agent.db").joinpath("queries.sql").read_text()
     for block in text.split("-- name: ")[1:]:

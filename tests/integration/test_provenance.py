@@ -179,7 +179,9 @@ async def test_killed_while_it_tells_it_is_told_once(lab: Lab) -> None:
 
 async def test_an_exact_repetition_is_compared(shared: Lab) -> None:
     lab = shared
-    script = "echo same > /outputs/same; cat /proc/sys/kernel/random/uuid > /outputs/time; echo 2 > /outputs/also-the-same"
+    script = (
+        "echo same > /outputs/same; cat /proc/sys/kernel/random/uuid > /outputs/time; echo 2 > /outputs/also-the-same"
+    )
     activity_id = lab.activity(script)
     first = await lab.agent.job(activity_id)
     lab.sandbox.admin.link(activity_id, "inputs", lab.revision("more.csv"), "activities")

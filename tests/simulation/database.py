@@ -36,7 +36,7 @@ _NEUTRAL = frozenset({"renew_leases", "agent_seen", "set_progress", "set_folder"
 # What has to do with looks alone, and says nothing of jobs.
 _LOOKS = frozenset(
     {"take_hints", "claim_watched", "next_look_due", "judge_watched", "note_listed", "look_again_slowly"}
-    | {"look_again", "claim_reconciliation", "end_reconciliation", "make_reconciliation_due"}
+    | {"claim_reconciliation", "end_reconciliation", "make_reconciliation_due"}
 )
 _NEXT_MOMENT = """
     SELECT extract(epoch FROM min(moment))::float8 FROM (
