@@ -102,9 +102,11 @@ class Database:
                 command_timeout=timeout_seconds,
                 init=_prepare,
                 reset=_nothing_to_reset,
+                # To compile a statement takes longer than any of these runs, and estimates make them look dear.
                 # Who is suspended in the middle of a transaction must not keep its rows from everybody else.
                 server_settings={
                     "application_name": "ovation-agent",
+                    "jit": "off",
                     "idle_in_transaction_session_timeout": str(int(timeout_seconds * 1000)),
                 },
             )

@@ -72,6 +72,14 @@ async def test_a_query_is_one_statement_and_leaves_no_transaction_open(database_
     assert sent == ["SELECT 1", "BEGIN", "ROLLBACK"]
 
 
+async def test_no_query_is_compiled(database: Database) -> None:
+    """With a thousand queued jobs a claim is thought dear enough for that, and takes 0.4 s instead of 0.1 ms."""
+    async with database.connection() as connection:
+        await connection.execute("SET jit_above_cost = 0")
+        plan = await connection.fetch("EXPLAIN (ANALYZE) SELECT count(*) FROM jobs WHERE state = 'queued'")
+    assert not any("JIT" in row[0] for row in plan)
+
+
 async def test_every_query_says_what_it_is_for() -> None:
     text = resources.files("agent.db").joinpath("queries.sql").read_text()
     for block in text.split("-- name: ")[1:]:
