@@ -11,8 +11,9 @@ import functools
 import hashlib
 import os
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +29,7 @@ from agent.adapters.lanes import Lanes, in_thread
 from agent.adapters.objects import Vouched, WrongBytes, refuse
 from agent.adapters.origins import UNREADABLE
 from agent.adapters.part import Part, bytes_on_disk
-from agent.adapters.ranged import Address, RangedDownload, range_bytes
+from agent.adapters.ranged import FAR_SECONDS, Address, RangedDownload, range_bytes
 from agent.adapters.remote import RemoteGuard
 from agent.adapters.stream import beginning, save
 from agent.adapters.traffic import CONNECTIONS, Traffic
@@ -76,6 +77,7 @@ class _Large:
     size: int
     vouched: Vouched
     etag: str
+    answer_seconds: float = 0.0  # how long its server took to answer, with the connection
 
 
 class Downloader:
@@ -226,10 +228,11 @@ class Downloader:
         """Ask for the first byte of what is known to be large; return what its server says of it if it sends ranges."""
         if wanted.remote or wanted.size is None or wanted.size < RANGED_FROM_BYTES:
             return None
-        async with (
-            self._traffic.connection(wanted.job),
-            self._store.get(wanted.address.url, allow_redirects=False, headers={"Range": "bytes=0-0"}) as response,
-        ):
+        async with self._traffic.connection(wanted.job), AsyncExitStack() as stack:
+            asked = time.monotonic()
+            request = self._store.get(wanted.address.url, allow_redirects=False, headers={"Range": "bytes=0-0"})
+            response = await stack.enter_async_context(request)
+            took = time.monotonic() - asked
             if response.status in {_OK, _NO_SUCH_RANGE}:
                 return None
             if response.status != _PARTIAL:
@@ -238,7 +241,7 @@ class Downloader:
             vouched = Vouched.by(response.headers)
             if total is None or vouched.etag is None:
                 return None
-            return _Large(int(total[1]), vouched, vouched.etag)
+            return _Large(int(total[1]), vouched, vouched.etag, took)
 
     async def _stream(self, wanted: _Wanted, progress: Callable[[int], None]) -> Fetched | _Large:
         """Fetch it in one stream, unless it turns out to be large."""
@@ -266,11 +269,20 @@ class Downloader:
 
     async def _ranges(self, wanted: _Wanted, large: _Large, progress: Callable[[int], None]) -> Fetched:
         """Fetch it in ranges; what came is kept for the next try, unless it is not what the store vouches for."""
-        length = range_bytes(large.size, self._traffic.job_connections)
-        part = await asyncio.to_thread(Part, wanted.part, large.size, large.etag, length)
+        at_once = self._traffic.job_connections
+        length = range_bytes(large.size, at_once)
+        part = await asyncio.to_thread(Part, wanted.part, large.size, large.etag, length, at_once)
         try:
             wanted.found(part.found)
-            download = RangedDownload(self._lanes, self._traffic, wanted.job, wanted.address, part, progress=progress)
+            download = RangedDownload(
+                self._lanes,
+                self._traffic,
+                wanted.job,
+                wanted.address,
+                part,
+                progress=progress,
+                is_far=large.answer_seconds > FAR_SECONDS,
+            )
             algorithms = ("sha256",) if large.vouched.md5 is None else ("sha256", "md5")
             sha256, *md5 = await download.run(*algorithms)
             for each in md5:

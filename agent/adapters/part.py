@@ -23,6 +23,7 @@ PIECE_BYTES = 1 << 20
 _BUFFERS = 8
 _HANDED_BYTES = _BUFFERS * PIECE_BYTES
 _WRITTEN_BYTES = 1 << 16
+_LAST_BYTES = 8 << 20  # so short the last ranges come to be
 
 
 @dataclass(slots=True)
@@ -44,14 +45,15 @@ class Buffer:
 class Part:
     """The file. One thread at a time writes to a range; any may ask."""
 
-    def __init__(self, path: Path, size: int, etag: str, length: int) -> None:
+    def __init__(self, path: Path, size: int, etag: str, length: int, at_once: int = 1) -> None:
         """Open it, or make it where there is none of this very object.
 
         Args:
             path: where the bytes are.
             size: bytes of the whole object.
             etag: of the object, as the store gives it.
-            length: bytes of a range.
+            length: bytes of a range at most.
+            at_once: how many ranges may come at the same time.
 
         Raises:
             OSError: the disk refuses.
@@ -72,7 +74,7 @@ class Part:
             path.unlink(missing_ok=True)
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
         self.descriptor = os.open(path, flags if done else flags | os.O_CREAT | os.O_EXCL, 0o600)
-        self.ranges = ranges_of(done, size, length)
+        self.ranges = ranges_of(done, size, length, at_once)
         self.found = sum(each.at - each.start for each in self.ranges)
 
     @property
@@ -239,13 +241,18 @@ def journal_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def ranges_of(done: list[tuple[int, int]], size: int, length: int) -> list[Range]:
-    """Return the whole file as ranges in order: those that are there, and those between them, none over `length`."""
+def ranges_of(done: list[tuple[int, int]], size: int, length: int, at_once: int = 1) -> list[Range]:
+    """Return the whole file as ranges in order: those that are there, and those between them, none over `length`.
+
+    The last ones are shorter, so that `at_once` of them come to their end together, and so that little is left to be
+    digested by then: a digest goes in order, and what comes at the same time waits for it.
+    """
     found: list[Range] = []
     position = 0
     for start, end in [*done, (size, size)]:
         while position < start:
-            stop = min(position + length, start)
+            share = max(_LAST_BYTES, (size - position) // at_once)
+            stop = min(position + min(length, share), start)
             found.append(Range(position, position, stop))
             position = stop
         if end > start:

@@ -28,6 +28,8 @@ from agent.adapters.traffic import Traffic
 from agent.errors import StorageMismatch, StorageUnavailable
 
 _FIRST_AT_ONCE = {"http": 1, "https": 2}  # what a machine's own cores are best used with; TLS takes more of one
+FAR_SECONDS = 0.01
+"""A server that takes longer than this to answer is far away, and one connection to it is slow."""
 _FAST_BYTES_PER_SECOND = 100_000_000  # of one connection: with more of them nothing would be won
 _LEAST_RANGE_BYTES = 4 << 20
 _MOST_RANGE_BYTES = 32 << 20
@@ -70,6 +72,7 @@ class RangedDownload:
         address: where it is.
         part: where it goes.
         progress: told the number of bytes that arrived, in the event loop.
+        is_far: whether to begin with all connections that there may be, instead of seeing first how fast one is.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class RangedDownload:
         part: Part,
         *,
         progress: Callable[[int], None],
+        is_far: bool = False,
     ) -> None:
         self._lanes = lanes
         self._traffic = traffic
@@ -88,6 +92,7 @@ class RangedDownload:
         self._address = address
         self._part = part
         self._progress = progress
+        self._is_far = is_far
         self._to_come = [each for each in part.ranges if each.at < each.end]
         self._workers = 0
         self._all_came = asyncio.Event()
@@ -118,7 +123,8 @@ class RangedDownload:
     async def _fetch(self) -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                self._begin(group, _FIRST_AT_ONCE[self._address.url.scheme])
+                few = _FIRST_AT_ONCE[self._address.url.scheme]
+                self._begin(group, self._traffic.job_connections if self._is_far else few)
                 watching = group.create_task(self._watch(group))
                 await self._all_came.wait()
                 watching.cancel()

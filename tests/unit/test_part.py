@@ -38,6 +38,19 @@ def test_ranges_cover_the_whole_once_and_ask_for_what_is_lacking(
     assert all(each.at == each.start and each.end - each.start <= length for each in ranges if each.at < each.end)
 
 
+@given(st.integers(1, 1 << 31), st.integers(4 << 20, 32 << 20), st.integers(1, 16))
+def test_the_last_ranges_are_short_where_many_come_at_once(size: int, length: int, at_once: int) -> None:
+    ranges = ranges_of([], size, length, at_once)
+    assert [each.start for each in ranges] == [0, *(each.end for each in ranges[:-1])]
+    assert ranges[-1].end == size
+    lengths = [each.end - each.start for each in ranges]
+    assert max(lengths) <= length
+    assert lengths == sorted(lengths, reverse=True)
+    if at_once > 1:
+        assert lengths[-1] <= 8 << 20
+    assert len(ranges) <= 2 + size // min(length, 8 << 20)
+
+
 def opened(path: Path, size: int = len(CONTENT), etag: str = ETAG, length: int = 500) -> Part:
     return Part(path, size, etag, length)
 
