@@ -42,17 +42,17 @@ chaos: setup-dev  ## Kill agents at every moment, and more than 500 times; check
 	@CHAOS=long $(BIN)/python -m pytest tests/chaos tests/simulation $(ARGS)
 
 .PHONY: bench
-bench: setup-dev  ## Measure webhooks coming in, walks, transfers beside s5cmd and others, jobs; some forty minutes
-	@$(BIN)/python -m tests.bench.ingress $(ARGS)
-	@$(BIN)/python -m tests.bench.storm
-	@$(BIN)/python -m tests.bench.reconcile
-	@$(BIN)/python -m tests.bench.transfers
+bench: setup-dev  ## Measure webhooks coming in, walks, transfers beside s5cmd and others, jobs; an hour. QUICK=1: some minutes
+	@$(BIN)/python -m tests.bench.ingress $(if $(QUICK),--rounds 2 --seconds 1 --steady-seconds 10) $(ARGS)
+	@$(BIN)/python -m tests.bench.storm $(if $(QUICK),--activities 100 --deliveries 5000)
+	@$(BIN)/python -m tests.bench.reconcile $(if $(QUICK),--activities 1000)
+	@$(BIN)/python -m tests.bench.transfers $(if $(QUICK),--quick --rounds 1)
 	@$(BIN)/python -m tests.bench.warm_cache
-	@$(BIN)/python -m tests.bench.job_table
-	@$(BIN)/python -m tests.bench.overhead
-	@$(BIN)/python -m tests.bench.idle
-	@$(BIN)/python -m tests.bench.slurm
-	@$(BIN)/python -m tests.bench.scaling
+	@$(BIN)/python -m tests.bench.job_table $(if $(QUICK),--quick)
+	@$(BIN)/python -m tests.bench.overhead $(if $(QUICK),--quick)
+	@$(BIN)/python -m tests.bench.idle $(if $(QUICK),--seconds 10 --rounds 3)
+	@$(BIN)/python -m tests.bench.slurm $(if $(QUICK),--runs 5 --tracked 100)
+	@$(BIN)/python -m tests.bench.scaling $(if $(QUICK),--runs 20 --deliveries 500)
 
 .PHONY: check
 check: setup-dev  ## Check style, types, dependencies between packages, scripts, documents and locks

@@ -44,19 +44,30 @@ class HereLog:
 
 
 class ThereLog:
-    """On another agent's disk, which is asked through the database."""
+    """On another agent's disk, which is asked through the database.
 
-    def __init__(self, questions: LogQuestions, place: str, job: Job, stream: str) -> None:
+    What of a run on a compute node was saved here is told where that node does not answer.
+    """
+
+    def __init__(self, questions: LogQuestions, place: str, job: Job, stream: str, saved: HereLog) -> None:
         self._questions = questions
         self._where = (place, job.id, job.launch, stream)
+        self._saved = saved
+        self._is_saved = False
 
     async def begin(self, begin: Begin) -> int | None:
         """Return the byte to begin with; nothing where there is no such log, or that agent does not answer."""
         piece = await self._questions.ask(*self._where, begin.offset, lines=begin.lines, most_bytes=begin.most_bytes)
-        return None if piece is None else piece.begins
+        if piece is not None:
+            return piece.begins
+        position = await self._saved.begin(begin)
+        self._is_saved = position is not None
+        return position
 
     async def read(self, position: int) -> bytes | None:
         """Return the next bytes; None while that agent, or the database, is away."""
+        if self._is_saved:
+            return await self._saved.read(position)
         try:
             piece = await self._questions.ask(*self._where, position)
         except DatabaseError:
@@ -66,6 +77,7 @@ class ThereLog:
 
 def source_of(questions: LogQuestions, data_dir: Path, job: Job, stream: str) -> LogSource:
     """Return where a job's log is read from."""
+    here = HereLog(Path(Layout(data_dir, job.id).log(stream, job.launch)))
     if job.place is not None and job.place != questions.place:
-        return ThereLog(questions, job.place, job, stream)
-    return HereLog(Path(Layout(data_dir, job.id).log(stream, job.launch)))
+        return ThereLog(questions, job.place, job, stream, here)
+    return here

@@ -5,6 +5,7 @@ python -m tests.bench.reconcile
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import tempfile
 import time
@@ -19,12 +20,11 @@ from agent.sandbox.server import Sandbox
 from tests.postgres import debian_server
 from tests.triggers import triggers
 
-ACTIVITIES = 10_000
 WALKS = 4
 LOOKS = 100
 
 
-async def main() -> None:
+async def bench(activities: int) -> None:
     """Walk, and count each call that the agent makes."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("error"))
     calls: list[str] = []
@@ -39,7 +39,7 @@ async def main() -> None:
         async with Sandbox(Path(directory) / "sandbox") as sandbox:
             project_id = sandbox.admin.create_project("Bench")["_id"]
             data, image = (sandbox.admin.create_revision(project_id, name, "x")["_id"] for name in ("a.csv", "i.sif"))
-            for number in range(ACTIVITIES):
+            for number in range(activities):
                 sandbox.admin.create_activity(project_id, f"Activity {number}", [data], [image])
             database = await Database.open(url, "the bench database")
             await database.migrate()
@@ -51,10 +51,17 @@ async def main() -> None:
                     seconds = time.monotonic() - began
                     runs = sum((await front.runs()).values())
                     print(  # noqa: T201 a bench prints
-                        f"walk {walk}: {ACTIVITIES} Activities, {len(calls)} calls, {seconds:.2f} s, {runs} runs"
+                        f"walk {walk}: {activities} Activities, {len(calls)} calls, {seconds:.2f} s, {runs} runs"
                     )
             await database.close()
 
 
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--activities", type=int, default=10_000)
+    asyncio.run(bench(parser.parse_args().activities))
+
+
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()

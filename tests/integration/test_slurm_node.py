@@ -251,9 +251,17 @@ async def test_somebody_cancels_it_in_slurm(nodes: NodeLab) -> None:
 async def test_a_node_that_dies_is_not_waited_for(nodes: NodeLab) -> None:
     lab = nodes.lab
     activity_id = lab.activity(WAITS)
-    _, directory = await nodes.begun(activity_id)
+    job, directory = await nodes.begun(activity_id)
     [shared] = (lab.data_dir / "nodes").iterdir()
+    saved = lab.data_dir / "jobs" / job["id"] / "run-1" / "stdout.log"
+
+    async def is_saved() -> bool | None:
+        return (saved.exists() and saved.read_text() == "begun\n") or None
+
+    await until(is_saved, "a copy of what the container said", lab.agent.log)
     kill_all(shared, directory)
+    # Nobody answers on the node any more, and what was saved of it is here.
+    assert await lab.agent.call("GET", f"/api/jobs/{job['id']}/logs/stdout") == (200, "begun\n")
     _, second = await nodes.begun(activity_id, launch=2)
     (second / "outputs/go").touch()
     done = await lab.agent.job(activity_id)
