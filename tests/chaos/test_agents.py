@@ -101,6 +101,15 @@ async def _take_over(one: Chaos) -> None:
 
 async def _at_rest(one: Chaos) -> None:
     """See that all is done; that the agents stop in good order, and that nothing of them is left either."""
+
+    async def looked() -> bool | None:
+        if one.lab.sandbox.admin.pending_deliveries():
+            return None
+        async with one.database() as connection:
+            return await connection.fetchval("SELECT count(*) = 0 FROM watched WHERE due_at IS NOT NULL") or None
+
+    # What a webhook told of a moment ago is due when the quiet time is over, and then nobody is there to look at it.
+    await until(looked, "what webhooks told is looked at", next(iter(one.agents.values())).log)
     await one.check()
     assert {name: await agent.stop() for name, agent in one.agents.items()} == dict.fromkeys(one.agents, 0)
     await one.check()
