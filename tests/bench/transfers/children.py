@@ -97,8 +97,10 @@ class _NoDigest:
 
 
 def undigested(what: str, given: dict[str, Any]) -> Callable[[], None]:
-    """Return the agent's own way without its SHA-256."""
-    from agent.adapters import multipart, part, stream, upload
+    """Return the agent's own way without its digests, and so without comparing an MD5."""
+    from agent.adapters import multipart, objects, part, stream, upload
+
+    objects.Vouched.compare = lambda *_: None  # type: ignore[method-assign]
 
     for module in (multipart, part, stream, upload):
         module.hashlib = SimpleNamespace(  # type: ignore[attr-defined]
