@@ -248,7 +248,7 @@ async def _start_runner(directory: Path) -> int:
 
 
 def _program() -> str:
-    """Return the runner compiled, as this process has loaded it, where that is kept: it spares a third of its start."""
+    """Return the runner compiled, as this process has loaded it, where that is kept: it spares a fifth of its start."""
     kept = runner.__spec__.cached if runner.__spec__ else None
     return kept if kept and Path(kept).exists() else str(runner.__file__)
 

@@ -200,12 +200,14 @@ def sweep(container: dict[str, Any], grace_seconds: float, kill_seconds: float) 
 
 def remove_tree(path: str) -> None:
     """Remove a directory with all in it, also where its own modes forbid that; what cannot be removed stays."""
+    with suppress(OSError):
+        os.chmod(path, 0o700)  # noqa: PTH101 see write_json
     for root, directories, _ in os.walk(path):
         for name in directories:
             if not stat.S_ISLNK(os.lstat(f"{root}/{name}").st_mode):
                 os.chmod(f"{root}/{name}", 0o700)  # noqa: PTH101 see write_json
     # Not shutil's, which takes longer to load than all else that is done here. By descriptors, past no symbolic link.
-    with suppress(FileNotFoundError):
+    with suppress(OSError):
         for _, directories, names, place in os.fwalk(path, topdown=False):
             for name in names:
                 with suppress(OSError):

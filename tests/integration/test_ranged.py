@@ -313,19 +313,33 @@ async def test_a_server_that_sends_another_range_is_not_believed(path: Path) -> 
     assert not list(path.parent.iterdir())
 
 
+class Watched(Traffic):
+    """Knows how many connections there were at most."""
+
+    most = 0
+
+    def _let_in(self) -> None:
+        super()._let_in()
+        self.most = max(self.most, sum(self._held.values()))
+
+
 async def test_no_more_connections_than_are_allowed(sandbox: Sandbox, path: Path) -> None:
-    held, most = 0, 0
-
-    class Watched(Traffic):
-        def _let_in(self) -> None:
-            nonlocal most
-            super()._let_in()
-            most = max(most, sum(self._held.values()))
-
     fetch = Fetch(sandbox, path)
     sandbox.faults.add("latency", "GET ", target="store", seconds=0.2)
-    fetch.check(await fetch(traffic=Watched(connections=20, job_connections=6)))
-    assert (held, most) == (0, 6)
+    fetch.check(await fetch(traffic=(traffic := Watched(connections=20, job_connections=6))))
+    assert traffic.most == 6
+
+
+@pytest.mark.parametrize(("far_seconds", "most"), [(0.1, 4), (60.0, 1)])
+async def test_with_a_server_that_is_far_away_it_begins_with_all_connections(
+    sandbox: Sandbox, path: Path, monkeypatch: pytest.MonkeyPatch, far_seconds: float, most: int
+) -> None:
+    monkeypatch.setattr(ranged, "_FAST_BYTES_PER_SECOND", 0)  # so that none is taken later because these are slow
+    monkeypatch.setattr(download, "FAR_SECONDS", far_seconds)
+    fetch = Fetch(sandbox, path)
+    sandbox.faults.add("latency", "GET ", target="store", seconds=0.2)
+    fetch.check(await fetch(traffic=(traffic := Watched(connections=20, job_connections=4))))
+    assert traffic.most == most
 
 
 async def test_a_limit_of_bandwidth_is_kept(sandbox: Sandbox, path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from agent.adapters import runner
@@ -27,6 +29,26 @@ def test_a_tree_is_removed_and_nothing_that_it_points_to(tmp_path: Path) -> None
 
 def test_a_tree_that_is_not_there_is_removed(tmp_path: Path) -> None:
     runner.remove_tree(str(tmp_path / "nothing"))
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_tree_that_its_owner_may_not_look_into_is_removed() -> None:
+    own = os.geteuid()
+    nobody = 65534 if own == 0 else own  # to root no mode forbids anything
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        tree = place / "tree"
+        tree.mkdir()
+        (tree / "file.txt").write_text("gone")
+        place.chmod(0o777)
+        os.chown(tree, nobody, -1)
+        tree.chmod(0)
+        os.seteuid(nobody)
+        try:
+            runner.remove_tree(str(tree))
+        finally:
+            os.seteuid(own)
+        assert not tree.exists()
 
 
 def test_its_start_loads_little() -> None:
