@@ -98,6 +98,16 @@ class Fleet:
         await until(began, "the container has begun", self.agents[0].log)
         return activity_id, job["id"], outputs
 
+    async def gives_signs(self) -> None:
+        """Let each container end that waits for a sign, and those that come, until cancelled."""
+        given: set[Path] = set()
+        while True:
+            begun = set(self.lab.directory.glob("agent-*/data/jobs/*/run-1/outputs/starts"))
+            for starts in begun - given:
+                (starts.parent / "sign").touch()
+            given |= begun
+            await asyncio.sleep(0.05)
+
     async def stages_slowly(self) -> tuple[str, str, Path]:
         """Begin a run one of whose inputs drips in; return the Activity, the job and where its inputs go."""
         drip = {"target": "store", "bytes_per_second": 20_000}
@@ -139,16 +149,23 @@ async def test_each_run_is_done_once_by_one_of_them(tmp_path: Path, database_url
             await here.begin(number)
         here.lab.watch(here.agents[0])
         here.lab.watch(here.agents[1])  # who hears of a change is not who does the work
-        activities = [here.lab.activity("echo x >> /outputs/starts") for _ in range(20)]
+        # More than two agents let in: 2 that run and 6 that are ahead of them each.
+        activities = [here.lab.activity(WAITS_FOR_A_SIGN) for _ in range(20)]
+
+        async def all_have_some() -> bool | None:
+            return await here.one("SELECT count(DISTINCT place) = 3 FROM jobs") or None
+
+        await until(all_have_some, "each agent has some of the runs", here.agents[2].log)
+        signs = asyncio.create_task(here.gives_signs())
         jobs = [await here.agents[2].job(activity_id) for activity_id in activities]
+        signs.cancel()
         assert {job["state"] for job in jobs} == {"succeeded"}
         for activity_id, job in zip(activities, jobs, strict=True):
             [_] = await here.agents[0].jobs(activity_id)
-            assert (await here.lab.outputs(activity_id))["starts"] == b"x\n"
+            found = await here.lab.outputs(activity_id)
+            assert (found["starts"], found["ends"]) == (b"start\n", b"end\n")
             has_it = [number for number in range(3) if (here.jobs_directory(number) / job["id"]).exists()]
             assert has_it == [await here.holder(job["id"])]
-        holders = [await here.holder(job["id"]) for job in jobs]
-        assert set(holders) == {0, 1, 2}, holders
         assert await here.one("SELECT max(attempt) FROM job_events") == 0
 
         async def is_in_order() -> bool | None:
