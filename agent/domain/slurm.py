@@ -220,12 +220,16 @@ def _not_begun(sight: Sight, said: Meaning, silence_seconds: float) -> Meaning:
 
 
 def script(directory: PurePosixPath, python: str, site: Site) -> str:
-    """Return the batch script: the site's own lines, then the runner; what it leaves when it is killed is ended."""
+    """Return the batch script: the site's own lines, then the runner; what it leaves when it is killed is ended.
+
+    The site's lines are read by a login shell: what `module` needs is in the profile.
+    """
     command = shlex.join([python, "-I", "-S", f"{directory}/runner.py"])
     place = shlex.quote(str(directory))
     lines = [
-        "#!/bin/bash",
+        "#!/bin/bash -l" if site.preamble.strip() else "#!/bin/bash",
         "umask 077",
+        "unset SLURM_JWT",
         *site.preamble.strip().splitlines(),
         f"{command} --in-place {place} &",
         "runner=$!",
@@ -241,13 +245,17 @@ def script(directory: PurePosixPath, python: str, site: Site) -> str:
 
 
 def submission(name: str, directory: PurePosixPath, limit_seconds: float, site: Site, wanted: Resources) -> list[str]:
-    """Return the arguments of `sbatch`; the script comes on its standard input."""
+    """Return the arguments of `sbatch`; the script comes on its standard input.
+
+    The job gets the environment of `sbatch`, which is `environment`. With anything less than all of it, Slurm makes the
+    job's by a login of the user on the node: seconds for each job, which is put on hold where the login fails.
+    """
     return [
         "--parsable",
         f"--job-name={name}",
         f"--comment={name}",
         "--no-requeue",
-        "--export=NONE",
+        "--export=ALL",
         "--nodes=1",
         "--ntasks=1",
         "--open-mode=append",
@@ -265,7 +273,7 @@ def submission(name: str, directory: PurePosixPath, limit_seconds: float, site: 
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for Slurm's commands: nothing that would change their answers or what they submit."""
+    """Return the environment of Slurm's commands and of jobs: nothing that would change what they answer or submit."""
     return {name: value for name, value in given.items() if name in _KEPT} | {"LC_ALL": "C"}
 
 

@@ -3,8 +3,9 @@
     python -m tests.bench.slurm [--runs 20] [--tracked 1000]
 
 A real Slurm of two nodes on this machine. A run is a container that says when it begins and ends; a bare job is a
-batch script that says the same, and is asked about every half second. Both take turns. For the thousand, jobs that
-Slurm holds are waited for by one executor while a few run among them.
+batch script that says the same, and is asked about every half second. Both take turns, each after a pause of random
+length: Slurm's scheduler looks once a second, and turns as long as each other would always meet it at the same point.
+For the thousand, jobs that Slurm holds are waited for by one executor while a few run among them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -43,8 +45,8 @@ def _request(place: Path, script: str = _SCRIPT) -> RunRequest:
     return replace(make_request(place, script), name=f"ovation-{uuid.uuid4()}-1", time_limit_seconds=3600)
 
 
-async def one(executor: SlurmExecutor, place: Path) -> tuple[float, float]:
-    """Run a container; return the seconds to its beginning and from its end until that is known."""
+async def one(executor: SlurmExecutor, place: Path) -> tuple[float, float, float]:
+    """Run a container; return the seconds to its batch script, on to itself, and from its end until that is known."""
     request = _request(place)
     asked = _uptime()
     await executor.start(request)
@@ -52,10 +54,11 @@ async def one(executor: SlurmExecutor, place: Path) -> tuple[float, float]:
     known = _uptime()
     assert isinstance(end, Ended), end
     began, ended = map(float, request.stdout.read_text().split())
-    return began - asked, known - ended
+    script = (request.directory / "slurm.log").stat().st_mtime - (time.time() - _uptime())  # made then, and left empty
+    return script - asked, began - script, known - ended
 
 
-async def bare(slurm: Cluster, place: Path) -> tuple[float, float]:
+async def bare(slurm: Cluster, place: Path) -> tuple[float, float, float]:
     """Run a batch script, as one does by hand; the same figures."""
     place.mkdir()
     script = _SCRIPT.replace("echo", "sleep 0; echo")
@@ -65,18 +68,20 @@ async def bare(slurm: Cluster, place: Path) -> tuple[float, float]:
         await asyncio.sleep(0.5)
     known = _uptime()
     began, ended = map(float, (place / "out").read_text().split())
-    return began - asked, known - ended
+    return began - asked, 0.0, known - ended
 
 
 async def lags(slurm: Cluster, place: Path, runs: int) -> None:
     """Measure both in turns."""
     executor = SlurmExecutor(quick(tick_seconds=2.0), slurm.environment)
-    found: dict[str, list[tuple[float, float]]] = {"agent": [], "bare sbatch": []}
+    found: dict[str, list[tuple[float, float, float]]] = {"agent": [], "bare sbatch": []}
     for number in range(runs):
+        await asyncio.sleep(random.uniform(0.5, 1.5))  # noqa: S311 no secret
         found["agent"].append(await one(executor, place / f"a{number}"))
+        await asyncio.sleep(random.uniform(0.5, 1.5))  # noqa: S311 no secret
         found["bare sbatch"].append(await bare(slurm, place / f"b{number}"))
     table = Table(title=f"{runs} runs each, in turns, in ms: median (least to most)", caption=_load())
-    for heading in ("", "asked for → begun", "ended → known"):
+    for heading in ("", "asked for → batch script begun", "→ container begun", "ended → known"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, pairs in found.items():
         table.add_row(name, *(_spread(values) for values in zip(*pairs, strict=True)))
@@ -98,7 +103,7 @@ async def tracked(slurm: Cluster, place: Path, count: int, running: int = 20) ->
     share, a_tick = (_cpu_seconds() - cpu) / passed, (held.client.calls - calls) / (passed / 2.0)
     free = SlurmExecutor(quick(tick_seconds=2.0), slurm.environment)
     free.client = held.client  # one for all, as in an agent
-    lag = [(await one(free, place / f"r{number}"))[1] for number in range(running)]
+    lag = [(await one(free, place / f"r{number}"))[-1] for number in range(running)]
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

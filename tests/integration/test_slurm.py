@@ -133,6 +133,28 @@ async def test_more_than_any_node_has_is_refused(tmp_path: Path, slurm: Cluster)
     assert end.ending is Ending.REFUSED
 
 
+async def test_a_job_has_the_environment_that_it_is_given_and_nobodys_login(tmp_path: Path, slurm: Cluster) -> None:
+    """Slurm makes it by a login on the node otherwise, which takes seconds, and puts a job on hold where that fails."""
+    run = a_run(tmp_path, slurm)
+    path = f"{slurm.environment['PATH']}:/what/is/given"
+    run.executor = SlurmExecutor(quick(), slurm.environment | {"PATH": path, "OVATION_TOKEN": "a-token", "MAIL": "me"})
+    async with killed_at_the_end(run):
+        await run.begin()
+        lines = Path(f"/proc/{runner_pid(run.request)}/environ").read_text().split("\0")
+        found = dict(line.split("=", 1) for line in lines if line)
+        assert found["PATH"] == path
+        assert found["SLURM_JOB_NAME"] == run.request.name
+        assert found.keys().isdisjoint({"OVATION_TOKEN", "MAIL", "SHELL", "SLURM_GET_USER_ENV"})
+
+
+async def test_a_preamble_is_read_by_a_login_shell(tmp_path: Path, slurm: Cluster) -> None:
+    """What a site's `module` needs is in its profile."""
+    run = a_run(tmp_path, slurm, site=Site(preamble="shopt -q login_shell || exit 1"))
+    run.go_on()
+    await run.executor.start(run.request)
+    assert (await run.end()).exit_code == 3
+
+
 async def test_a_preamble_that_fails_is_quoted(tmp_path: Path, slurm: Cluster) -> None:
     run = a_run(tmp_path, slurm, site=Site(preamble="module load apptainer/9 || exit 1"))
     await run.executor.start(run.request)

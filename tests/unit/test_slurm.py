@@ -137,7 +137,7 @@ def test_the_arguments_of_a_submission() -> None:
         f"--job-name={NAME}",
         f"--comment={NAME}",
         "--no-requeue",
-        "--export=NONE",
+        "--export=ALL",
         "--nodes=1",
         "--ntasks=1",
         "--open-mode=append",
@@ -159,8 +159,9 @@ def test_the_arguments_of_a_submission() -> None:
 @pytest.mark.parametrize("place", ["/data/run-1", "/data/a b/$(touch x)/run-1", "/data/'\"/run-1"])
 def test_the_script_is_one_that_bash_can_read(place: str) -> None:
     found = slurm.script(PurePosixPath(place), "/opt/python 3/bin/python", Site(preamble="module load apptainer\n"))
-    assert found.startswith("#!/bin/bash\n")
+    assert found.startswith("#!/bin/bash -l\n")
     assert "\nmodule load apptainer\n" in found
+    assert slurm.script(PurePosixPath(place), "python3", Site()).startswith("#!/bin/bash\n")
     subprocess.run(["bash", "-n"], input=found, text=True, check=True)
 
 
