@@ -7,6 +7,7 @@ import pwd
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,6 +48,40 @@ def debian_server() -> Iterator[str]:
         finally:
             run("pg_ctl", "stop", "-w", "-m", "immediate")
     finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def pooler(server_url: str, mode: str, connections: int) -> Iterator[str]:
+    """Run PgBouncer before a server of `debian_server` and yield its address; no TCP port is opened."""
+    directory = Path(tempfile.mkdtemp(prefix="ovation-pooler-", dir="/tmp"))
+    prefix: list[str] = []
+    if os.geteuid() == 0:  # it refuses to run as root
+        account = pwd.getpwnam("postgres")
+        os.chown(directory, account.pw_uid, account.pw_gid)
+        prefix = ["setpriv", f"--reuid={account.pw_uid}", f"--regid={account.pw_gid}", "--clear-groups"]
+    (directory / "users").write_text('"postgres" ""\n')
+    (directory / "pgbouncer.ini").write_text(
+        f"[databases]\n* = host={server_url.rpartition('host=')[2]} user=postgres\n"
+        f"[pgbouncer]\nlisten_addr =\nunix_socket_dir = {directory}\nlisten_port = 6432\nauth_type = any\n"
+        f"pool_mode = {mode}\ndefault_pool_size = {connections}\n"
+    )
+    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        raise RuntimeError("PgBouncer is not installed: config/setup --dev installs it")
+    with (directory / "log").open("wb") as log:
+        process = subprocess.Popen([*prefix, program, str(directory / "pgbouncer.ini")], stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 20
+        while not (directory / ".s.PGSQL.6432").exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"PgBouncer failed: {(directory / 'log').read_text()}")
+            time.sleep(0.02)
+        database = server_url.partition("?")[0].rpartition("/")[2]
+        yield f"postgresql://postgres@/{database}?host={directory}&port=6432"
+    finally:
+        process.terminate()
+        process.wait(20)
         shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib import resources
 from typing import Any, Self
 
@@ -43,6 +44,11 @@ async def translated(target: str) -> AsyncIterator[None]:
         raise DatabaseError(f"PostgreSQL at {target} refuses the sign-in: {error}") from None
     except asyncpg.InvalidCatalogNameError as error:
         raise DatabaseError(f"PostgreSQL at {target}: {error}; create it with `createdb`") from None
+    except (asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError):
+        raise DatabaseError(
+            f"PostgreSQL at {target}: what is between lends a connection for a transaction only. Let it lend them for a"
+            " session (PgBouncer: pool_mode = session), or connect to PostgreSQL itself"
+        ) from None
     except asyncpg.DataError:
         raise  # a value that does not fit: some of these are InterfaceErrors too, and no outage
     except _AWAY as error:
@@ -100,15 +106,9 @@ class Database:
                 max_size=size,
                 timeout=timeout_seconds,
                 command_timeout=timeout_seconds,
-                init=_prepare,
+                init=partial(_prepare, timeout_seconds),
                 reset=_nothing_to_reset,
-                # To compile a statement takes longer than any of these runs, and estimates make them look dear.
-                # Who is suspended in the middle of a transaction must not keep its rows from everybody else.
-                server_settings={
-                    "application_name": "ovation-agent",
-                    "jit": "off",
-                    "idle_in_transaction_session_timeout": str(int(timeout_seconds * 1000)),
-                },
+                server_settings={"application_name": "ovation-agent"},
             )
             try:
                 async with pool.acquire(timeout=timeout_seconds):
@@ -151,7 +151,13 @@ class Database:
             await migrate.check(connection)
 
 
-async def _prepare(connection: asyncpg.Connection) -> None:
+async def _prepare(timeout_seconds: float, connection: asyncpg.Connection) -> None:
+    # Not when it connects: a pooler refuses what it does not know there.
+    # To compile a statement takes longer than any of these runs, and estimates make them look dear.
+    # Who is suspended in the middle of a transaction must not keep its rows from everybody else.
+    await connection.execute(
+        f"SET jit = off; SET idle_in_transaction_session_timeout = {int(timeout_seconds * 1000)}",
+    )
     await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
 
 
