@@ -151,8 +151,11 @@ class Executor(Protocol):
         """Return what has become of the run; never guesses: `LOST` needs two independent signs."""
         ...
 
-    async def wait(self, request: RunRequest, timeout_seconds: float) -> Status:
-        """Return the status as soon as the run ends, or after `timeout_seconds`."""
+    async def wait(self, request: RunRequest, timeout_seconds: float, told: Running | None = None) -> Status:
+        """Return the status as soon as the run ends, or after `timeout_seconds`.
+
+        With `told`, also as soon as the run waits for something else than was told with it.
+        """
         ...
 
     async def cancel(self, request: RunRequest) -> None:

@@ -98,13 +98,13 @@ class NodeExecutor(LocalExecutor):
         status = await super().start(request)
         return replace(status, native_id=_job_id() or status.native_id) if isinstance(status, Running) else status
 
-    async def wait(self, request: RunRequest, timeout_seconds: float) -> Status:
+    async def wait(self, request: RunRequest, timeout_seconds: float, told: Running | None = None) -> Status:
         """Return the status as soon as the run ends, or after `timeout_seconds`.
 
         A run that was told to end, and not by this process, is told of later: the batch system is about to end this
         process too, and knows better why.
         """
-        status = await super().wait(request, timeout_seconds)
+        status = await super().wait(request, timeout_seconds, told)
         if isinstance(status, Ended) and status.ending is Ending.LOST:
             await asyncio.sleep(_HEARS_SECONDS)
         return status

@@ -168,11 +168,16 @@ class SlurmExecutor:
             return await self._end(request, record, found) or going
         return replace(going, waiting_for=found.words or None)
 
-    async def wait(self, request: RunRequest, timeout_seconds: float) -> Status:
-        """Return the status as soon as the run ends, or after `timeout_seconds`."""
+    async def wait(self, request: RunRequest, timeout_seconds: float, told: Running | None = None) -> Status:
+        """Return the status as soon as the run ends, or after `timeout_seconds`.
+
+        With `told`, also as soon as the run waits for something else than was told with it.
+        """
         deadline = time.monotonic() + timeout_seconds
         status, row = await self.status(request), None
         while isinstance(status, Running) and (left := deadline - time.monotonic()) > 0:
+            if told is not None and status.waiting_for != told.waiting_for:
+                break
             ended_here = await self._ends.wait(request.directory, min(left, self._settings.tick_seconds))
             before, row = row, await self._row_now(status.native_id)
             if ended_here or row is None or row != before or not _goes_on_as_it_is(row, status):

@@ -144,7 +144,7 @@ class NodeKeeper:
         elif not_begun and status.waiting_for:
             await self._runs.waits(run, status.waiting_for)
         changed = asyncio.create_task(self._changed[run.place].wait())
-        ends = asyncio.create_task(self._programs.wait(request, _LOOK_SECONDS))
+        ends = asyncio.create_task(self._programs.wait(request, _LOOK_SECONDS, status))
         try:
             await asyncio.wait({changed, ends}, return_when=asyncio.FIRST_COMPLETED)
         finally:

@@ -125,8 +125,8 @@ async def _keep(
     """Renew the lease and write the progress down until cancelled; raise when the lease is lost."""
     renewed = time.monotonic() - _PROGRESS_SECONDS  # that long the step has gone on by now
     meter = Meter(control.progress)
-    written: Mapping[str, object] = {}
     is_watched = claim.job.state is State.RUNNING
+    written = claim.job.progress if is_watched else {}  # a step that begins anew has nothing to tell yet
     pause = min(_WATCH_SECONDS, lease_seconds / 6) if is_watched else _PROGRESS_SECONDS
     while True:
         try:
@@ -136,7 +136,7 @@ async def _keep(
                     control.cancelled.set()
                 renewed = asked_at
             progress = meter.read(time.monotonic())
-            if progress and progress != written:
+            if progress != written:
                 await context.jobs.progress(claim, progress)
                 written = progress
         except LeaseLost:

@@ -19,10 +19,11 @@ _STDERR_TAIL_BYTES = 8192
 async def watch(context: Context, claim: Claim, control: Control) -> Outcome:
     """Wait for the container's end under the lease; a cancelled job's container is ended first."""
     request = context.run_request(claim.job)
+    told = Running(claim.job.native_id or "", None)
     cancelling = asyncio.create_task(control.cancelled.wait())
     try:
         while True:
-            waiting = asyncio.create_task(context.executor.wait(request, _LOOK_SECONDS))
+            waiting = asyncio.create_task(context.executor.wait(request, _LOOK_SECONDS, told))
             try:
                 await asyncio.wait({waiting, cancelling}, return_when=asyncio.FIRST_COMPLETED)
                 if control.cancelled.is_set():
@@ -30,7 +31,9 @@ async def watch(context: Context, claim: Claim, control: Control) -> Outcome:
                 status: Status = await waiting
             finally:
                 waiting.cancel()
-            control.progress.waiting_for = status.waiting_for if isinstance(status, Running) else None
+            if isinstance(status, Running):
+                told = status
+            control.progress.waiting_for = told.waiting_for
             if isinstance(status, NotStarted):
                 return Lost(Fault(FaultClass.NODE, "The run's files have disappeared from the machine that ran it."))
             if isinstance(status, Ended):

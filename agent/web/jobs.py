@@ -331,10 +331,14 @@ def as_json(job: Job) -> JobAnswer:
 
 
 def waits(job: Job) -> str | None:
-    """Say what a job waits for; where its files are on a machine whose agent is gone, that is it."""
+    """Say what a job waits for; where its files are on a machine whose agent is gone, that is it.
+
+    What its last attempt waited for is over once bytes pass in this one.
+    """
     if not job.host_is_gone or job.state in TERMINAL:
         waits = job.progress.get("waiting_for")
-        return job.waiting_for or (str(waits) if waits else None)
+        is_over = job.held_until is not None and job.progress.get("bytes_per_second")
+        return (None if is_over else job.waiting_for) or (str(waits) if waits else None)
     seen = f"last seen {job.host_seen_at:%Y-%m-%d %H:%M} UTC" if job.host_seen_at else "not seen yet"
     return f"waiting for the agent on {job.host}, which has the run's files ({seen})"
 

@@ -124,7 +124,7 @@ async def test_cancelled_it_ends_with_all_inside_and_keeps_its_logs(tmp_path: Pa
     request = a_run(tmp_path, f"sleep {mark} & setsid sleep {mark} & echo begun; sleep {mark}")
     executor = make()
     await begun(executor, request)
-    assert len(processes_with(mark)) == 3
+    await until(lambda: len(processes_with(mark)) == 3)
     await executor.cancel(request)
     end = await ended(executor, request)
     assert end.ending is Ending.CANCELLED

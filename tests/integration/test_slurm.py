@@ -165,13 +165,18 @@ async def test_a_preamble_that_fails_is_quoted(tmp_path: Path, slurm: Cluster) -
 
 async def test_a_held_job_says_so_and_goes_on_when_released(tmp_path: Path, slurm: Cluster) -> None:
     run = a_run(tmp_path, slurm, site=Site(arguments=("--hold",)))
-    await run.executor.start(run.request)
+    submitted = await run.executor.start(run.request)
+    assert isinstance(submitted, Running)
     slurm_id = slurm.ids(run.request.name)[0]
     status = await run.executor.wait(run.request, 2)
     assert isinstance(status, Running)
     assert "scontrol release" in (status.waiting_for or "")
+    assert await run.executor.wait(run.request, 60, submitted) == status  # at once
     slurm.run("scontrol", "update", f"jobid={slurm_id}", "partition=urgent")
     slurm.run("scontrol", "release", slurm_id)
+    status = await run.executor.wait(run.request, 60, status)  # before its end, which waits for `go_on`
+    assert isinstance(status, Running)
+    assert "scontrol release" not in (status.waiting_for or "")
     run.go_on()
     assert (await run.end()).exit_code == 3
     assert run.times() == 1

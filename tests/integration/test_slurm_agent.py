@@ -137,10 +137,10 @@ def _parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-async def test_what_it_waits_for_is_shown_and_a_refusal_ends_it(tmp_path: Path, slurm: Cluster) -> None:
+async def test_what_it_waits_for_is_shown_while_it_does_and_a_refusal_ends_it(tmp_path: Path, slurm: Cluster) -> None:
     held = settings(slurm, AGENT_SLURM_ARGUMENTS="--hold '--comment=of the site'")
     async with laboratory(tmp_path / "held", **held) as lab:
-        activity_id = lab.activity("echo hello")
+        activity_id = lab.activity(WAITS)
 
         async def waits() -> dict[str, Any] | None:
             for job in await lab.agent.jobs(activity_id):
@@ -150,6 +150,15 @@ async def test_what_it_waits_for_is_shown_and_a_refusal_ends_it(tmp_path: Path, 
 
         job = await until(waits, "what it waits for", lab.agent.log)
         slurm.run("scontrol", "release", *slurm.ids(f"ovation-{job['id']}-1"))
+        _, directory = await begun(lab, activity_id)
+
+        async def waits_no_more() -> bool | None:
+            [job] = await lab.agent.jobs(activity_id)
+            assert job["state"] == "running"
+            return job["waiting_for"] is None or None
+
+        await until(waits_no_more, "it waits for nothing", lab.agent.log)
+        (directory / "outputs/go").touch()
         done = await lab.agent.job(activity_id)
         assert (done["state"], done["waiting_for"]) == ("succeeded", None)
     async with laboratory(tmp_path / "nowhere", **settings(slurm, AGENT_SLURM_PARTITION="nowhere")) as lab:
