@@ -209,8 +209,9 @@ class SimulatedExecutor:
         """Return what has become of the run."""
         return await asyncio.to_thread(self._machine.status, request)
 
-    async def wait(self, request: RunRequest, timeout_seconds: float) -> Status:
+    async def wait(self, request: RunRequest, timeout_seconds: float, told: Running | None = None) -> Status:
         """Return the status as soon as the run ends, or after `timeout_seconds`."""
+        del told
         status = await self.status(request)
         container = self._machine.containers.get(request.directory)
         if isinstance(status, Running) and container is not None:
