@@ -57,6 +57,7 @@ class People:
         self.programs: dict[str, Program] = {}  # by the image's Revision
         self.asked = Asked()
         self.lost_webhooks = 0
+        self.uploads: set[str] = set()  # Revisions whose bytes are still to come
         ovation.on_link = self._tell
 
     # In Ovation.
@@ -82,6 +83,7 @@ class People:
         self._ovation.link(activity, "inputs", revision)
         if uploading:
             seconds = self._world.chance.between(1, 20, f"upload {revision.id}")
+            self.uploads.add(revision.id)
             self._world.later(seconds, self._end_upload, revision, _content(activity, name))
 
     def remove_input(self, activity: Entity) -> None:
@@ -111,6 +113,7 @@ class People:
     def _end_upload(self, revision: Entity, content: bytes) -> None:
         self._world.note("people", f"{revision.id} is uploaded")
         self._ovation.upload(revision, content)
+        self.uploads.discard(revision.id)
 
     # What Ovation tells.
 

@@ -181,7 +181,7 @@ class Schedule:
         """Wait until nothing is to be done; return what still is when it took too long."""
         world = self.world
         give_up = world.now + _GIVE_UP_SECONDS
-        while (left := check.unfinished(self.scene)) or check.walks(self.scene):
+        while (left := check.unfinished(self.scene)) or check.walks(self.scene) or self.people.uploads:
             if self.recovery_seconds > allowed or world.now > give_up or len(world.problems) >= _MOST_PROBLEMS:
                 return left
             running = any(agent.machine.running() for agent in self.scene.agents)
