@@ -18,11 +18,7 @@ def debian_server() -> Iterator[str]:
     """Run Debian's PostgreSQL on a fresh cluster and yield its address; no TCP port is opened."""
     binaries = _newest_binaries()
     directory = Path(tempfile.mkdtemp(prefix="ovation-pg-", dir="/tmp"))
-    prefix: list[str] = []
-    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
-        account = pwd.getpwnam("postgres")
-        os.chown(directory, account.pw_uid, account.pw_gid)
-        prefix = ["setpriv", f"--reuid={account.pw_uid}", f"--regid={account.pw_gid}", "--clear-groups"]
+    prefix = _as_another(directory)
     data = directory / "data"
 
     def run(program: str, *arguments: str) -> None:
@@ -55,11 +51,7 @@ def debian_server() -> Iterator[str]:
 def pooler(server_url: str, mode: str, connections: int) -> Iterator[str]:
     """Run PgBouncer before a server of `debian_server` and yield its address; no TCP port is opened."""
     directory = Path(tempfile.mkdtemp(prefix="ovation-pooler-", dir="/tmp"))
-    prefix: list[str] = []
-    if os.geteuid() == 0:  # it refuses to run as root
-        account = pwd.getpwnam("postgres")
-        os.chown(directory, account.pw_uid, account.pw_gid)
-        prefix = ["setpriv", f"--reuid={account.pw_uid}", f"--regid={account.pw_gid}", "--clear-groups"]
+    prefix = _as_another(directory)
     (directory / "users").write_text('"postgres" ""\n')
     (directory / "pgbouncer.ini").write_text(
         f"[databases]\n* = host={server_url.rpartition('host=')[2]} user=postgres\n"
@@ -83,6 +75,15 @@ def pooler(server_url: str, mode: str, connections: int) -> Iterator[str]:
         process.terminate()
         process.wait(20)
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _as_another(directory: Path) -> list[str]:
+    """Return what a command begins with that refuses to run as root, and give its directory to whom it runs as then."""
+    if os.geteuid() != 0:
+        return []
+    account = pwd.getpwnam("postgres")
+    os.chown(directory, account.pw_uid, account.pw_gid)
+    return ["setpriv", f"--reuid={account.pw_uid}", f"--regid={account.pw_gid}", "--clear-groups"]
 
 
 def _newest_binaries() -> Path:

@@ -155,9 +155,7 @@ async def _prepare(timeout_seconds: float, connection: asyncpg.Connection) -> No
     # Not when it connects: a pooler refuses what it does not know there.
     # To compile a statement takes longer than any of these runs, and estimates make them look dear.
     # Who is suspended in the middle of a transaction must not keep its rows from everybody else.
-    await connection.execute(
-        f"SET jit = off; SET idle_in_transaction_session_timeout = {int(timeout_seconds * 1000)}",
-    )
+    await connection.execute(f"SET jit = off; SET idle_in_transaction_session_timeout = {int(timeout_seconds * 1000)}")
     await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
 
 

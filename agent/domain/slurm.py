@@ -222,7 +222,8 @@ def _not_begun(sight: Sight, said: Meaning, silence_seconds: float) -> Meaning:
 def script(directory: PurePosixPath, python: str, site: Site) -> str:
     """Return the batch script: the site's own lines, then the runner; what it leaves when it is killed is ended.
 
-    The site's lines are read by a login shell: what `module` needs is in the profile.
+    The site's lines are read by a login shell: what `module` needs is in the profile. What signs in to Slurm
+    is not for what runs here.
     """
     command = shlex.join([python, "-I", "-S", f"{directory}/runner.py"])
     place = shlex.quote(str(directory))

@@ -31,9 +31,10 @@ async def watch(context: Context, claim: Claim, control: Control) -> Outcome:
                 status: Status = await waiting
             finally:
                 waiting.cancel()
+            control.progress.waiting_for = None
             if isinstance(status, Running):
                 told = status
-            control.progress.waiting_for = told.waiting_for
+                control.progress.waiting_for = status.waiting_for
             if isinstance(status, NotStarted):
                 return Lost(Fault(FaultClass.NODE, "The run's files have disappeared from the machine that ran it."))
             if isinstance(status, Ended):

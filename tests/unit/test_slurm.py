@@ -160,7 +160,7 @@ def test_the_arguments_of_a_submission() -> None:
 def test_the_script_is_one_that_bash_can_read(place: str) -> None:
     found = slurm.script(PurePosixPath(place), "/opt/python 3/bin/python", Site(preamble="module load apptainer\n"))
     assert found.startswith("#!/bin/bash -l\n")
-    assert "\nmodule load apptainer\n" in found
+    assert "\nunset SLURM_JWT\nmodule load apptainer\n" in found
     assert slurm.script(PurePosixPath(place), "python3", Site()).startswith("#!/bin/bash\n")
     subprocess.run(["bash", "-n"], input=found, text=True, check=True)
 
